@@ -1,0 +1,1 @@
+"""Compress Hugging Face decoder checkpoints offline: low-rank weights and K/V projections."""

@@ -1,0 +1,43 @@
+"""What a method returns for one weight."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_svd.format import LowRank
+
+
+@dataclass(frozen=True)
+class LowRankFactors:
+    """W [m, n] is approximated by B [m, r] @ A [r, n]."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+    def dense(self) -> torch.Tensor:
+        """B A [m, n], in fp64."""
+        return self.B.double() @ self.A.double()
+
+    def to(self, dtype: torch.dtype) -> "LowRankFactors":
+        """The factors as they will be stored."""
+        return LowRankFactors(self.A.to(dtype), self.B.to(dtype))
+
+    def output_error(self, weight: torch.Tensor, gram: torch.Tensor) -> float:
+        """Relative output error: tr(E C E^T) / tr(W C W^T) with E = W - B A and C the Gram [n, n]."""
+        reference = weight.double()
+        error, second_moment = reference - self.dense(), gram.double()
+        lost = torch.einsum("mi,ij,mj->", error, second_moment, error)
+        total = torch.einsum("mi,ij,mj->", reference, second_moment, reference)
+        return float(lost / total) if total > 0 else 0.0
+
+    def config(self) -> LowRank:
+        """The entry of this weight in the checkpoint's config."""
+        return LowRank(out_features=self.B.shape[0], in_features=self.A.shape[1], rank=self.rank)
+
+    def tensors(self, path: str) -> dict[str, torch.Tensor]:
+        """Checkpoint tensors of the linear layer at `path`."""
+        return {f"{path}.A": self.A.contiguous(), f"{path}.B": self.B.contiguous()}

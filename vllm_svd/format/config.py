@@ -1,0 +1,87 @@
+"""`quantization_config` of config.json: the only contract between the two packages."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_svd.errors import CheckpointFormatError
+from vllm_svd.format.modules import KVProjection, Module, Shape
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "svd"
+
+
+class SvdCheckpointConfig(BaseModel):
+    """Which modules are compressed, and how.
+
+    `modules` is keyed by the Hugging Face path of a linear layer, `kv` by that of an attention
+    layer. Every rank is here, not in a side file: vLLM keys its compile cache by config.json.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quant_method: Literal["svd"] = "svd"
+    format_version: Literal[1] = 1
+    method: str = Field(min_length=1)
+    modules: dict[str, Module] = {}
+    kv: dict[str, KVProjection] = {}
+
+    def tensors(self) -> dict[str, Shape]:
+        """Names and shapes of every tensor that compression added."""
+        named: dict[str, Shape] = {}
+        for path, module in self.modules.items():
+            named |= module.tensors(path)
+        for path, projection in self.kv.items():
+            named |= projection.tensors(path)
+        return named
+
+    def replaced(self) -> set[str]:
+        """Names of the dense weights that must be absent."""
+        return {f"{path}.weight" for path in self.modules}
+
+
+def parse(raw: Mapping[str, Any], where: str) -> SvdCheckpointConfig:
+    """Validate a `quantization_config`; raises CheckpointFormatError with every problem."""
+    version = raw.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointFormatError(
+            where,
+            [f"format_version is {version!r}; this release reads {FORMAT_VERSION}"],
+            "compress the model again with this release, or install the release that wrote it",
+        )
+    try:
+        return SvdCheckpointConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, item['loc'])) or 'quantization_config'}: {item['msg']}"
+            for item in error.errors()
+        ]
+        raise CheckpointFormatError(
+            where, problems, "restore config.json as offline-compress wrote it"
+        ) from None
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of a checkpoint; raises CheckpointFormatError if absent or malformed."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        problem = f"{path.name} cannot be read: {error}"
+        raise CheckpointFormatError(
+            str(path.parent), [problem], "point at the directory offline-compress wrote"
+        ) from None
+
+
+def read(directory: Path) -> SvdCheckpointConfig:
+    """The config of the svd checkpoint in `directory`."""
+    raw = read_json(directory / "config.json").get("quantization_config")
+    if not isinstance(raw, dict) or raw.get("quant_method") != QUANT_METHOD:
+        raise CheckpointFormatError(
+            str(directory),
+            [f"config.json holds no quantization_config with quant_method {QUANT_METHOD!r}"],
+            "this is a dense checkpoint or another format; compress it with offline-compress run",
+        )
+    return parse(raw, f"{directory}/config.json")
