@@ -1,0 +1,84 @@
+"""Attention over latents: which kernel runs, and with what of the layer."""
+
+from typing import Any
+
+import torch
+
+from vllm_svd.attention.metadata import LatentMetadata
+from vllm_svd.compat import AttentionImpl, AttentionType, RotaryEmbedding
+from vllm_svd.format import KVProjection
+from vllm_svd.kernels import latent_attention, latent_store
+from vllm_svd.kernels.paged_batch import Rope
+
+
+class LatentImpl(AttentionImpl[LatentMetadata]):
+    """Implementation for both modes and any pair of ranks; CPU or CUDA by the tensors' device."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        projection: KVProjection,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads
+        self.num_queries_per_kv = num_heads // num_kv_heads
+        self.sliding_window = sliding_window
+        self.kv_cache_dtype = kv_cache_dtype
+        self.attn_type = AttentionType.DECODER
+        self.kv_sharing_target_layer_name = None
+        self.projection = projection
+        self.rotary: RotaryEmbedding | None = None
+
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether the model's rotary module must still be found."""
+        return self.projection.mode == "pre" and self.rotary is None
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,  # noqa: ARG002
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write latents [tokens, KV heads, rank] to their slots."""
+        latent_store.store(key, value, kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,  # noqa: ARG002
+        value: torch.Tensor,  # noqa: ARG002
+        kv_cache: torch.Tensor,
+        attn_metadata: LatentMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,  # noqa: ARG002
+        output_block_scale: torch.Tensor | None = None,  # noqa: ARG002
+    ) -> torch.Tensor:
+        """query [tokens, heads, d or k_rank]; output [tokens, heads, v_rank] is written."""
+        if attn_metadata is None:  # profiling run: no cache yet
+            return output.fill_(0)
+        rope = None
+        if self.rotary is not None:
+            rope = Rope(self.rotary.cos_sin_cache, self.rotary.is_neox_style)
+        latent_attention.attend(
+            query,
+            kv_cache,
+            attn_metadata,
+            output,
+            scale=self.scale,
+            k_rank=self.projection.k_rank,
+            k_up=layer.k_up if rope else None,
+            rope=rope,
+            sliding_window=self.sliding_window,
+        )
+        return output

@@ -1,0 +1,154 @@
+"""An attention layer whose paged cache holds latents of its keys and values.
+
+The projections stand around vLLM's own attention ops, inside the traced graph, so that
+torch.compile may fuse them with what the model does before and after.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from vllm_svd.attention.backend import LatentBackend
+from vllm_svd.attention.implementation import LatentImpl
+from vllm_svd.attention.rotary import watch_for_rotary
+from vllm_svd.compat import (
+    Attention,
+    AttentionType,
+    KVCacheSpec,
+    VllmConfig,
+    encode_layer_name,
+)
+from vllm_svd.errors import UnsupportedModelError
+from vllm_svd.format import KVProjection
+
+# Backends whose implementation takes any head size it lists, given by position as Attention does.
+NATIVE_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+CUDA_RANK_MULTIPLE = 8
+
+
+class LatentAttention(Attention):
+    """vLLM's Attention with latents in the cache; instances come from make_latent().
+
+    Parameters per KV head: k_down [heads, k_rank, d], k_up [heads, d, k_rank], v_down, v_up.
+    """
+
+    projection: KVProjection
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output_shape: torch.Size | None = None,  # noqa: ARG002
+        output_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """query [tokens, heads * d], key and value [tokens, KV heads * d] to [tokens, heads * d].
+
+        Mode `pre` expects a key without RoPE.
+        """
+        heads, head_size = self.num_kv_heads, self.head_size
+        queries = query.view(-1, heads, self.num_heads // heads, head_size)
+        k_latent = torch.einsum("thd,hrd->thr", key.view(-1, heads, head_size), self.k_down)
+        v_latent = torch.einsum("thd,hrd->thr", value.view(-1, heads, head_size), self.v_down)
+        if self.projection.mode == "post":
+            queries = torch.einsum("thgd,hdr->thgr", queries, self.k_up)
+        queries = queries.reshape(-1, self.num_heads, queries.shape[-1])
+        latent_output = torch.empty(
+            (queries.shape[0], self.num_heads, self.projection.v_rank),
+            dtype=output_dtype or query.dtype,
+            device=query.device,
+        )
+        name = encode_layer_name(self.layer_name)
+        updated = torch.ops.vllm.unified_kv_cache_update(k_latent, v_latent, name)
+        torch.ops.vllm.unified_attention_with_output(
+            queries, k_latent, v_latent, latent_output, name, kv_cache_dummy_dep=updated
+        )
+        per_kv_head = latent_output.view(-1, heads, self.num_heads // heads, latent_output.shape[-1])
+        output = torch.einsum("thgr,hdr->thgd", per_kv_head, self.v_up)
+        return output.reshape(-1, self.num_heads * head_size)
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        """vLLM's spec of this layer, with the latent sizes in place of the head size."""
+        return replace(
+            super().get_kv_cache_spec(vllm_config),
+            head_size=self.projection.k_rank,
+            head_size_v=self.projection.v_rank,
+        )
+
+
+def make_latent(layer: Attention, projection: KVProjection) -> None:
+    """Turn a finished Attention layer into a LatentAttention with the reduced cache.
+
+    Raises UnsupportedModelError for what the implementation at hand cannot serve.
+    """
+    _refuse_unsupported(layer)
+    layer.__class__ = LatentAttention
+    layer.projection = projection
+    if _native_head_size(layer, projection):
+        layer.impl = type(layer.impl)(
+            layer.num_heads,
+            projection.k_rank,
+            layer.impl.scale,
+            layer.num_kv_heads,
+            None,
+            layer.sliding_window,
+            layer.kv_cache_dtype,
+            None,
+            layer.attn_type,
+            None,
+        )
+        return
+    _refuse_ranks(layer, projection)
+    layer.impl = LatentImpl(
+        num_heads=layer.num_heads,
+        head_size=layer.head_size,
+        scale=layer.impl.scale,
+        num_kv_heads=layer.num_kv_heads,
+        sliding_window=layer.sliding_window,
+        kv_cache_dtype=layer.kv_cache_dtype,
+        projection=projection,
+    )
+    layer.attn_backend = LatentBackend
+    if projection.mode == "pre":
+        watch_for_rotary()
+
+
+def _native_head_size(layer: Attention, projection: KVProjection) -> bool:
+    """Whether attention over these latents is what vLLM's backend does at a smaller head size."""
+    return (
+        projection.mode == "post"
+        and projection.k_rank == projection.v_rank
+        and layer.attn_backend.get_name() in NATIVE_BACKENDS
+        and layer.attn_backend.supports_head_size(projection.k_rank)
+    )
+
+
+def _refuse_unsupported(layer: Attention) -> None:
+    impl = layer.impl
+    refusals = {
+        f"KV cache dtype {layer.kv_cache_dtype}": layer.kv_cache_dtype not in CACHE_DTYPES,
+        f"attention of type {layer.attn_type}": layer.attn_type != AttentionType.DECODER,
+        "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
+        "attention sinks": getattr(impl, "sinks", None) is not None,
+        "a soft cap on logits": bool(getattr(impl, "logits_soft_cap", None)),
+        "a KV cache shared between layers": layer.kv_sharing_target_layer_name is not None,
+    }
+    found = [what for what, present in refusals.items() if present]
+    if found:
+        raise UnsupportedModelError(
+            f"{layer.layer_name}: K/V projections do not work with {' and '.join(found)}",
+            f"decoder attention with RoPE; --kv-cache-dtype one of {', '.join(CACHE_DTYPES)}",
+            "drop the flag, or compress the model without K/V projections (kv.kept: null)",
+        )
+
+
+def _refuse_ranks(layer: Attention, projection: KVProjection) -> None:
+    on_cpu = layer.attn_backend.get_name() == "CPU_ATTN"
+    ranks = (projection.k_rank, projection.v_rank)
+    if not on_cpu and any(rank % CUDA_RANK_MULTIPLE for rank in ranks):
+        raise UnsupportedModelError(
+            f"{layer.layer_name}: ranks {ranks} are not served on this device",
+            f"multiples of {CUDA_RANK_MULTIPLE} (aligned loads); any rank on a CPU",
+            f"compress the model again with kv.rank_multiple: {CUDA_RANK_MULTIPLE} in the recipe",
+        )

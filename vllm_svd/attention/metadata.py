@@ -1,0 +1,53 @@
+"""What one scheduler step tells the kernels."""
+
+from typing import Any, ClassVar
+
+import torch
+
+from vllm_svd.compat import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm_svd.kernels.paged_batch import PagedBatch
+
+
+class LatentMetadata(PagedBatch, AttentionMetadata):
+    """The batch of this step; slots are given to the cache update by vLLM itself."""
+
+
+class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
+    """Builds no tensor of its own, so one builder per distinct pair of ranks costs nothing."""
+
+    # The launch depends on padded host sizes only; all else is read from device tensors.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+
+    def __init__(
+        self,
+        kv_cache_spec: Any,
+        layer_names: list[str],
+        vllm_config: Any,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,  # noqa: ARG002
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,  # noqa: ARG002
+    ) -> LatentMetadata:
+        return LatentMetadata(
+            query_start_loc=common_attn_metadata.query_start_loc,
+            seq_lens=common_attn_metadata.seq_lens,
+            block_table=common_attn_metadata.block_table_tensor,
+            num_tokens=common_attn_metadata.num_actual_tokens,
+        )
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> LatentMetadata:
+        # One key per sequence: capture need not walk max_model_len of an empty cache.
+        common_attn_metadata.seq_lens.fill_(1)
+        return self.build(0, common_attn_metadata)

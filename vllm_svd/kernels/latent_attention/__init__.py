@@ -1,0 +1,43 @@
+"""Causal attention of a ragged batch over a paged cache of latents."""
+
+import torch
+
+from vllm_svd.kernels.latent_attention import cpu
+from vllm_svd.kernels.paged_batch import PagedBatch, Rope
+
+
+def attend(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: PagedBatch,
+    output: torch.Tensor,
+    *,
+    scale: float,
+    k_rank: int,
+    k_up: torch.Tensor | None,
+    rope: Rope | None,
+    sliding_window: int | None,
+) -> None:
+    """Write softmax(scale * Q K^T) Z_v to output [tokens, heads, v_rank].
+
+    kv_cache [blocks, KV heads, block size, k_rank + v_rank] holds z_k, then z_v. Without `rope`
+    the keys are z_k and query is [tokens, heads, k_rank]; with it (and k_up [KV heads, d, k_rank])
+    they are RoPE(k_up z_k) at each token's position and query, already rotated, is [.., d].
+    """
+    if query.is_cuda:
+        from vllm_svd.kernels.latent_attention import triton
+
+        run = triton.attend
+    else:
+        run = cpu.attend
+    run(
+        query,
+        kv_cache,
+        batch,
+        output,
+        scale=scale,
+        k_rank=k_rank,
+        k_up=k_up,
+        rope=rope,
+        sliding_window=sliding_window,
+    )

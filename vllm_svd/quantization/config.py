@@ -1,0 +1,100 @@
+"""vLLM's quantization config for `quant_method: svd`: which method serves which layer."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_svd.compat import (
+    Attention,
+    LinearBase,
+    QuantizationConfig,
+    QuantizeMethodBase,
+    UnquantizedLinearMethod,
+    get_tensor_model_parallel_world_size,
+    init_logger,
+)
+from vllm_svd.errors import UnsupportedModelError
+from vllm_svd.format import QUANT_METHOD, SvdCheckpointConfig, parse, verify
+from vllm_svd.quantization.latent_kv import LatentKVMethod
+from vllm_svd.quantization.low_rank import LowRankLinearMethod
+
+logger = init_logger("vllm.svd")
+
+VERIFY_VARIABLE = "VLLM_SVD_VERIFY"
+
+
+class SvdConfig(QuantizationConfig):
+    """One instance per engine, made from config.json's `quantization_config`."""
+
+    def __init__(self, checkpoint: SvdCheckpointConfig) -> None:
+        super().__init__()
+        self.modules = dict(checkpoint.modules)
+        self.kv = dict(checkpoint.kv)
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "SvdConfig":
+        """Raises CheckpointFormatError that lists every problem of the config."""
+        return cls(parse(config, "config.json: quantization_config"))
+
+    def maybe_update_config(
+        self,
+        model_name: str,
+        hf_config: Any = None,  # noqa: ARG002
+        revision: str | None = None,  # noqa: ARG002
+    ) -> None:
+        """Verify a local checkpoint before any tensor is read.
+
+        VLLM_SVD_VERIFY=headers skips the SHA-256 of the shards (one read of the whole file).
+        """
+        directory = Path(model_name)
+        if directory.is_dir():
+            contents = os.environ.get(VERIFY_VARIABLE, "contents") != "headers"
+            verify(directory, contents=contents)
+            logger.info("Verified %s (%s).", directory, "contents" if contents else "headers")
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+        self.kv = hf_to_vllm_mapper.apply_dict(self.kv)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        self._check_tensor_parallel()
+        if isinstance(layer, LinearBase):
+            parent, _, leaf = prefix.rpartition(".")
+            names = self.packed_modules_mapping.get(leaf, [leaf])
+            shards = [self.modules.get(f"{parent}.{name}") for name in names]
+            if any(shards):
+                return LowRankLinearMethod(shards)
+            return UnquantizedLinearMethod()
+        if isinstance(layer, Attention):
+            projection = self.kv.get(prefix.removesuffix(".attn"))
+            if projection is not None:
+                return LatentKVMethod(self, projection)
+        return None
+
+    def _check_tensor_parallel(self) -> None:
+        # vLLM's models only assert this, and only after the first layers are built.
+        size = get_tensor_model_parallel_world_size()
+        for path, projection in self.kv.items():
+            heads = projection.num_kv_heads
+            if heads % size and size % heads:
+                raise UnsupportedModelError(
+                    f"{path} has {heads} KV heads, which tensor parallel size {size} cannot share",
+                    "sizes that divide the KV heads, or are a multiple of them",
+                    f"start vLLM with another --tensor-parallel-size than {size}",
+                )

@@ -1,0 +1,93 @@
+"""The KV method of a projected attention layer: bases, reduced cache, backend, implementation.
+
+vLLM calls create_weights() as the last step of Attention.__init__ with the layer in hand, which
+is where the layer becomes a LatentAttention; nothing of vLLM itself is replaced.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from vllm_svd.attention.implementation import LatentImpl
+from vllm_svd.attention.layer import make_latent
+from vllm_svd.compat import (
+    BaseKVCacheMethod,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    set_weight_attrs,
+)
+from vllm_svd.errors import CheckpointFormatError, UnsupportedModelError
+from vllm_svd.format import KVProjection
+
+BASES = ("k_down", "k_up", "v_down", "v_up")
+
+
+class LatentKVMethod(BaseKVCacheMethod):
+    """Serves one attention layer through the projections of its K and V channels."""
+
+    def __init__(self, quant_config: Any, projection: KVProjection) -> None:
+        super().__init__(quant_config)
+        self.projection = projection
+
+    def create_weights(self, layer: torch.nn.Module) -> None:
+        """Register this rank's bases and reduce the layer's cache; raises UnsupportedModelError."""
+        projection = self.projection
+        tp_size = get_tensor_model_parallel_world_size()
+        local_heads = max(1, projection.num_kv_heads // tp_size)
+        if (layer.num_kv_heads, layer.head_size) != (local_heads, projection.head_dim):
+            raise CheckpointFormatError(
+                layer.layer_name,
+                [
+                    f"the model has {layer.num_kv_heads} KV heads of {layer.head_size} on this "
+                    f"rank, the projections are for {local_heads} of {projection.head_dim}"
+                ],
+                "config.json does not belong to these projections; compress the model again",
+            )
+        # Heads are replicated when there are more ranks than heads.
+        first_head = get_tensor_model_parallel_rank() * projection.num_kv_heads // tp_size
+        heads = slice(first_head, first_head + local_heads)
+        layer.svd_loaded = set()
+        for tensor, shape in projection.tensors("").items():
+            name = tensor.rpartition(".")[2]
+            basis = torch.nn.Parameter(
+                torch.empty(local_heads, *shape[1:], dtype=torch.get_default_dtype()),
+                requires_grad=False,
+            )
+            layer.register_parameter(name, basis)
+            set_weight_attrs(basis, {"weight_loader": partial(_load, layer, name, heads)})
+        make_latent(layer, projection)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Raises if a basis never came, or if no rotary module was bound in mode `pre`."""
+        if missing := [name for name in BASES if name not in layer.svd_loaded]:
+            raise CheckpointFormatError(
+                layer.layer_name,
+                [f"{name} is missing" for name in missing],
+                "the checkpoint is incomplete; copy it again or compress the model again",
+            )
+        if isinstance(layer.impl, LatentImpl) and layer.impl.needs_rotary:
+            raise UnsupportedModelError(
+                f"{layer.layer_name}: the model's rotary embedding was not found beside it",
+                "attention modules that hold `rotary_emb` and `attn`, as Llama and Qwen do",
+                "compress the model with --kv-mode post",
+            )
+
+
+def _load(
+    layer: torch.nn.Module,
+    name: str,
+    heads: slice,
+    parameter: torch.nn.Parameter,
+    tensor: torch.Tensor,
+) -> None:
+    """Copy this rank's heads of a basis [KV heads, ...]."""
+    local = tensor[heads]
+    if local.shape != parameter.shape:
+        raise CheckpointFormatError(
+            layer.layer_name,
+            [f"{name} is {list(tensor.shape)}; this rank needs {list(parameter.shape)} of it"],
+            "compress the model again",
+        )
+    parameter.data.copy_(local)
+    layer.svd_loaded.add(name)
