@@ -1,0 +1,1 @@
+"""The latent attention layer, its backend and its implementation."""

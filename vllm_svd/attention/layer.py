@@ -64,7 +64,9 @@ class LatentAttention(Attention):
         torch.ops.vllm.unified_attention_with_output(
             queries, k_latent, v_latent, latent_output, name, kv_cache_dummy_dep=updated
         )
-        per_kv_head = latent_output.view(-1, heads, self.num_heads // heads, latent_output.shape[-1])
+        per_kv_head = latent_output.view(
+            -1, heads, self.num_heads // heads, latent_output.shape[-1]
+        )
         output = torch.einsum("thgr,hdr->thgd", per_kv_head, self.v_up)
         return output.reshape(-1, self.num_heads * head_size)
 

@@ -36,8 +36,10 @@ def watch_for_rotary() -> None:
 
 
 def _wrap_rotary(parent: torch.nn.Module, _name: str, child: torch.nn.Module | None) -> None:
-    impl = getattr(child, "impl", None) if isinstance(child, Attention) else None
-    if not isinstance(impl, LatentImpl) or not impl.needs_rotary:
+    if not isinstance(child, Attention) or not isinstance(child.impl, LatentImpl):
+        return
+    impl = child.impl
+    if not impl.needs_rotary:
         return
     rotary = getattr(parent, "rotary_emb", None)
     if rotary is None:

@@ -1,8 +1,8 @@
 """What a compressed module is on disk: one frozen model per artefact, told apart by `kind`."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
 Shape = tuple[int, ...]
 

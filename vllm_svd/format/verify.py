@@ -60,7 +60,9 @@ def _index_against_manifest(directory: Path, manifest: Manifest) -> list[str]:
 
 def _shards_against_manifest(directory: Path, manifest: Manifest) -> list[str]:
     problems = []
-    for extra in sorted({path.name for path in directory.glob("*.safetensors")} - manifest.shards.keys()):
+    for extra in sorted(
+        {path.name for path in directory.glob("*.safetensors")} - manifest.shards.keys()
+    ):
         problems.append(f"{extra}: a shard the manifest does not name")
     found: dict[str, str] = {}
     for shard in manifest.shards:

@@ -1,0 +1,1 @@
+"""One folder per operation: a reference that defines it and its fast paths."""

@@ -1,0 +1,1 @@
+"""vLLM quantization methods: one per artefact of the format."""

@@ -1,8 +1,7 @@
 """Where one checkpoint matrix lies inside a fused, tensor-parallel linear layer of vLLM."""
 
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from vllm_svd.format import LowRank
 
@@ -33,7 +32,7 @@ def shard_index(shard_id: ShardId) -> int:
 
 
 def local_shards(
-    layer: torch.nn.Module, factors: list[LowRank | None], rows: list[int], row_parallel: bool
+    layer: Any, factors: list[LowRank | None], rows: list[int], row_parallel: bool
 ) -> list[Shard]:
     """The shards of `layer` on this rank, in output order.
 

@@ -30,7 +30,7 @@ class LatentKVMethod(BaseKVCacheMethod):
         super().__init__(quant_config)
         self.projection = projection
 
-    def create_weights(self, layer: torch.nn.Module) -> None:
+    def create_weights(self, layer: Any) -> None:
         """Register this rank's bases and reduce the layer's cache; raises UnsupportedModelError."""
         projection = self.projection
         tp_size = get_tensor_model_parallel_world_size()
@@ -58,7 +58,7 @@ class LatentKVMethod(BaseKVCacheMethod):
             set_weight_attrs(basis, {"weight_loader": partial(_load, layer, name, heads)})
         make_latent(layer, projection)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Raises if a basis never came, or if no rotary module was bound in mode `pre`."""
         if missing := [name for name in BASES if name not in layer.svd_loaded]:
             raise CheckpointFormatError(
@@ -75,7 +75,7 @@ class LatentKVMethod(BaseKVCacheMethod):
 
 
 def _load(
-    layer: torch.nn.Module,
+    layer: Any,
     name: str,
     heads: slice,
     parameter: torch.nn.Parameter,

@@ -26,7 +26,7 @@ class LowRankLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -54,7 +54,7 @@ class LowRankLinearMethod(LinearMethodBase):
         # Empty where no shard is dense; vLLM's LoRA layers look for a `weight`.
         register("weight", sum(s.rows for s in shards if not s.factors), input_size_per_partition)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Raises CheckpointFormatError for tensors that never came: vLLM does not notice."""
         expected = {
             (name, index)
@@ -68,9 +68,7 @@ class LowRankLinearMethod(LinearMethodBase):
                 "the checkpoint is incomplete; copy it again or compress the model again",
             )
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., n] to [..., sum of rows]."""
         latent = F.linear(x, layer.A)
         outputs = []
@@ -85,7 +83,7 @@ class LowRankLinearMethod(LinearMethodBase):
 
 
 def _load(
-    layer: torch.nn.Module,
+    layer: Any,
     name: str,
     columns: slice,
     parameter: torch.nn.Parameter,

@@ -30,7 +30,7 @@ def attend(
     """See vllm_svd.kernels.latent_attention."""
     starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
     by_query_length = defaultdict(list)
-    for request, length in enumerate(lengths):
+    for request in range(len(lengths)):
         if query_length := starts[request + 1] - starts[request]:
             by_query_length[query_length].append(request)
     up = None if k_up is None else k_up.float().transpose(1, 2)

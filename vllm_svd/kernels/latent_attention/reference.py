@@ -46,9 +46,8 @@ def attend(
             positions = torch.arange(begin, end, device=query.device)
             blocks = batch.block_table[request, positions // size].long()
             latents = kv_cache[blocks, :, positions % size].to(dtype)  # [keys, heads, channels]
-            keys, values = latents.transpose(0, 1).split(
-                [k_rank, latents.shape[-1] - k_rank], dim=-1
-            )
+            by_head = latents.transpose(0, 1)
+            keys, values = by_head[..., :k_rank], by_head[..., k_rank:]
             if rope is not None and k_up is not None:
                 keys = rotate(keys @ k_up.to(dtype).transpose(1, 2), rope, positions)
             queries = query[token].to(dtype).view(kv_heads, group, -1)

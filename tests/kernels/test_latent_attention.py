@@ -1,0 +1,184 @@
+"""CPU and Triton kernels against the fp64 reference, over random ragged paged batches.
+
+The tolerance is derived: the error against fp64 (Frobenius norm) may be at most twice that of the
+plain expression (the reference itself, in the dtype the kernel multiplies in), plus one rounding of
+the output to the tensors' dtype.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_svd.kernels.latent_attention import cpu, reference, triton
+from vllm_svd.kernels.paged_batch import PagedBatch, Rope
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = [triton] if DEVICE == "cuda" else [cpu, triton]
+
+
+@dataclass(frozen=True)
+class Case:
+    query: torch.Tensor
+    cache: torch.Tensor
+    batch: PagedBatch
+    settings: dict
+
+
+def build(
+    lengths: list[tuple[int, int]],
+    *,
+    kv_heads: int = 2,
+    group: int = 2,
+    d: int = 32,
+    k_rank: int = 16,
+    v_rank: int = 24,
+    block: int = 16,
+    mode: str = "pre",
+    rotary_dim: int | None = None,
+    neox: bool = True,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
+    """`lengths` are (query tokens, tokens in the cache) per request; unused slots hold NaN."""
+    g = torch.Generator().manual_seed(seed)
+    rotary_dim = rotary_dim or d
+    needed = [-(-length // block) for _, length in lengths]
+    pages = torch.randperm(sum(needed) + 3, generator=g)
+    cache = torch.full((len(pages), kv_heads, block, k_rank + v_rank), torch.nan)
+    table = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
+    used = 0
+    for request, (_, length) in enumerate(lengths):
+        mine = pages[used : used + needed[request]]
+        used += needed[request]
+        table[request, : len(mine)] = mine
+        for position in range(length):
+            page = mine[position // block]
+            cache[page, :, position % block] = torch.randn(kv_heads, k_rank + v_rank, generator=g)
+    tokens = sum(query for query, _ in lengths)
+    width = d if mode == "pre" else k_rank
+    starts = torch.tensor([0, *(query for query, _ in lengths)]).cumsum(0)
+    angles = torch.arange(4096)[:, None] / 10000 ** (torch.arange(0, rotary_dim, 2) / rotary_dim)
+    rope = Rope(torch.cat((angles.cos(), angles.sin()), dim=-1).to(DEVICE), neox)
+    k_up = torch.randn(kv_heads, d, k_rank, generator=g).div(k_rank**0.5).to(DEVICE, dtype)
+    return Case(
+        torch.randn(tokens, kv_heads * group, width, generator=g).to(DEVICE, dtype),
+        cache.to(DEVICE, dtype),
+        PagedBatch(
+            starts.to(DEVICE, torch.int32),
+            torch.tensor([length for _, length in lengths], dtype=torch.int32, device=DEVICE),
+            table.to(DEVICE),
+            tokens,
+        ),
+        {
+            "scale": d**-0.5,
+            "k_rank": k_rank,
+            "k_up": k_up if mode == "pre" else None,
+            "rope": rope if mode == "pre" else None,
+            "sliding_window": window,
+        },
+    )
+
+
+def check(case: Case, kernel) -> None:
+    shape = (*case.query.shape[:2], case.cache.shape[-1] - case.settings["k_rank"])
+    exact = torch.empty(shape, dtype=torch.float64, device=DEVICE)
+    reference.attend(case.query, case.cache, case.batch, exact, **case.settings)
+    plain = torch.empty(shape, dtype=torch.float32, device=DEVICE)
+    # Triton multiplies rebuilt keys and weights in the tensors' dtype, as any tensor core must.
+    dtype = case.query.dtype if kernel is triton else torch.float32
+    reference.attend(case.query, case.cache, case.batch, plain, **case.settings, dtype=dtype)
+    output = torch.full(shape, torch.nan, dtype=case.query.dtype, device=DEVICE)
+    kernel.attend(case.query, case.cache, case.batch, output, **case.settings)
+    rounding = torch.finfo(case.query.dtype).eps * exact.norm()
+    assert (output.double() - exact).norm() <= 2 * (plain.double() - exact).norm() + rounding
+
+
+RAGGED = [(1, 1), (1, 40), (7, 7), (20, 53), (1, 33), (5, 48)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mode", ["pre", "post"])
+@pytest.mark.parametrize("window", [None, 1, 9])
+def test_ragged_batches(kernel, mode, window):
+    check(build(RAGGED, mode=mode, window=window), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"group": 1, "kv_heads": 3},
+        {"group": 3},
+        {"group": 17},
+        {"k_rank": 5, "v_rank": 40, "d": 48},
+        {"d": 80, "k_rank": 80, "v_rank": 16},
+        {"rotary_dim": 16},
+        {"neox": False},
+        {"neox": False, "rotary_dim": 24},
+    ],
+    ids=str,
+)
+def test_shapes_and_rotary_styles(kernel, shape):
+    check(build(RAGGED, **shape), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mode", ["pre", "post"])
+def test_half_precision(kernel, mode):
+    # Triton's interpreter multiplies the bit patterns of bf16, which numpy lacks; fp16 is sound.
+    dtype = torch.float16 if kernel is triton and DEVICE == "cpu" else torch.bfloat16
+    check(build(RAGGED, mode=mode, dtype=dtype), kernel)
+
+
+@given(
+    lengths=st.lists(
+        st.integers(1, 70).flatmap(lambda n: st.tuples(st.integers(1, n), st.just(n))),
+        min_size=1,
+        max_size=5,
+    ),
+    mode=st.sampled_from(["pre", "post"]),
+    ranks=st.tuples(st.integers(1, 32), st.integers(1, 32)),
+    window=st.one_of(st.none(), st.integers(1, 80)),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_any_batch(kernel, lengths, mode, ranks, window, seed):
+    case = build(lengths, mode=mode, k_rank=ranks[0], v_rank=ranks[1], window=window, seed=seed)
+    check(case, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_shared_pages_and_any_layout(kernel):
+    """Two requests share their prefix pages, and the cache has heads inside slots (NHD)."""
+    case = build([(1, 48), (3, 48)])
+    case.batch.block_table[1, :2] = case.batch.block_table[0, :2]
+    heads_inside = case.cache.transpose(1, 2).contiguous().transpose(1, 2)
+    check(Case(case.query, heads_inside, case.batch, case.settings), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_padding_rows_are_left_alone(kernel):
+    """A padded batch (CUDA graphs): rows beyond num_tokens and empty requests write nothing."""
+    case = build([(1, 20), (1, 30)])
+    starts = torch.tensor([0, 1, 2, 2], dtype=torch.int32, device=DEVICE)
+    lens = torch.tensor([20, 30, 0], dtype=torch.int32, device=DEVICE)
+    table = torch.cat((case.batch.block_table, case.batch.block_table[:1]))
+    query = torch.cat((case.query, case.query[:1]))
+    output = torch.full((3, 4, 24), 7.0, device=DEVICE)
+    kernel.attend(query, case.cache, PagedBatch(starts, lens, table, 3), output, **case.settings)
+    exact = torch.empty(2, 4, 24, dtype=torch.float64, device=DEVICE)
+    reference.attend(case.query, case.cache, case.batch, exact, **case.settings)
+    assert (output[2] == 7.0).all()
+    torch.testing.assert_close(output[:2].double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_long_contexts_take_many_tiles(monkeypatch):
+    """The CPU kernel's tiles do not change its result."""
+    monkeypatch.setattr(cpu, "TILE_BYTES", 1)
+    check(build([(1, 500), (3, 129), (40, 300)]), cpu)
+    check(build([(1, 500), (3, 129), (40, 300)], window=50), cpu)

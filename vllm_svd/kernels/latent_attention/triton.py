@@ -1,0 +1,265 @@
+"""latent_attention on CUDA: one program per block of query rows and KV head, keys in tiles.
+
+All query heads of a KV head share each tile, so a rebuilt key is used by the whole group. Keys are
+rebuilt in two half-rotary products, whose rows of k_up are gathered by the rotary pairing; channels
+beyond rotary_dim form a third product.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_svd.kernels.paged_batch import PagedBatch, Rope
+
+TILE = 32
+MIN_ROWS = 16  # the smallest side of tl.dot
+
+
+@triton.jit
+def _request_of(query_start_ptr, block, requests, BLOCK_Q: tl.constexpr):
+    """The request that owns a query block: blocks of request i start at start // BLOCK_Q + i."""
+    left = 0
+    right = requests
+    while left < right:
+        middle = (left + right) // 2
+        if tl.load(query_start_ptr + middle) // BLOCK_Q + middle <= block:
+            left = middle + 1
+        else:
+            right = middle
+    return left - 1
+
+
+@triton.jit
+def _attention_kernel(
+    query_ptr,
+    cache_ptr,
+    output_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    block_table_ptr,
+    k_up_ptr,
+    cos_sin_ptr,
+    requests,
+    scale,
+    query_token_stride,
+    query_head_stride,
+    output_token_stride,
+    output_head_stride,
+    cache_block_stride,
+    cache_head_stride,
+    cache_slot_stride,
+    table_stride,
+    up_head_stride,
+    up_row_stride,
+    cos_stride,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    K_RANK: tl.constexpr,
+    V_RANK: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    V_PADDED: tl.constexpr,
+    REBUILD: tl.constexpr,
+    NEOX: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    PASSED: tl.constexpr,
+    PASSED_PADDED: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    block = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    request = _request_of(query_start_ptr, block, requests, BLOCK_Q)
+    query_start = tl.load(query_start_ptr + request)
+    query_length = tl.load(query_start_ptr + request + 1) - query_start
+    first = (block - (query_start // BLOCK_Q + request)) * BLOCK_Q
+    if first >= query_length:
+        return
+    seq_len = tl.load(seq_lens_ptr + request)
+
+    row = tl.arange(0, ROWS)
+    token = first + row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    real = (row < BLOCK_Q * GROUP) & (token < query_length)
+    query_row = (
+        query_ptr
+        + (query_start + token).to(tl.int64) * query_token_stride
+        + head * query_head_stride
+    )
+    position = seq_len - query_length + token
+
+    latent = tl.arange(0, K_PADDED)
+    if REBUILD:
+        half = tl.arange(0, HALF_PADDED)
+        in_half = half < HALF
+        if NEOX:
+            even = half
+            odd = half + HALF
+        else:
+            even = 2 * half
+            odd = 2 * half + 1
+        q_mask = real[:, None] & in_half[None, :]
+        q_even = tl.load(query_row[:, None] + even[None, :], mask=q_mask, other=0.0)
+        q_odd = tl.load(query_row[:, None] + odd[None, :], mask=q_mask, other=0.0)
+        up = k_up_ptr + kv_head * up_head_stride + latent[:, None]
+        up_mask = (latent < K_RANK)[:, None] & in_half[None, :]
+        up_even = tl.load(up + even[None, :] * up_row_stride, mask=up_mask, other=0.0)
+        up_odd = tl.load(up + odd[None, :] * up_row_stride, mask=up_mask, other=0.0)
+        if PASSED > 0:
+            rest = tl.arange(0, PASSED_PADDED)
+            in_rest = rest < PASSED
+            q_rest = tl.load(
+                query_row[:, None] + 2 * HALF + rest[None, :],
+                mask=real[:, None] & in_rest[None, :],
+                other=0.0,
+            )
+            up_rest = tl.load(
+                up + (2 * HALF + rest[None, :]) * up_row_stride,
+                mask=(latent < K_RANK)[:, None] & in_rest[None, :],
+                other=0.0,
+            )
+    else:
+        q_latent = tl.load(
+            query_row[:, None] + latent[None, :],
+            mask=real[:, None] & (latent < K_RANK)[None, :],
+            other=0.0,
+        )
+
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, V_PADDED], tl.float32)
+    channel = tl.arange(0, V_PADDED)
+
+    # The last query of this block sees the most keys, the first one starts the window.
+    last_token = tl.minimum(first + BLOCK_Q, query_length) - 1
+    end = seq_len - query_length + last_token + 1
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(seq_len - query_length + first - WINDOW + 1, 0) // TILE * TILE
+    for tile in range(begin, end, TILE):
+        key = tile + tl.arange(0, TILE)
+        in_sequence = key < end
+        page = tl.load(
+            block_table_ptr + request * table_stride + key // BLOCK_SIZE,
+            mask=in_sequence,
+            other=0,
+        ).to(tl.int64)
+        slot = (
+            cache_ptr
+            + page * cache_block_stride
+            + kv_head * cache_head_stride
+            + (key % BLOCK_SIZE) * cache_slot_stride
+        )
+        z_k = tl.load(
+            slot[:, None] + latent[None, :],
+            mask=in_sequence[:, None] & (latent < K_RANK)[None, :],
+            other=0.0,
+        )
+        if REBUILD:
+            table = cos_sin_ptr + key[:, None] * cos_stride + half[None, :]
+            table_mask = in_sequence[:, None] & in_half[None, :]
+            cos = tl.load(table, mask=table_mask, other=0.0).to(tl.float32)
+            sin = tl.load(table + HALF, mask=table_mask, other=0.0).to(tl.float32)
+            k_even = tl.dot(z_k, up_even, input_precision="ieee")
+            k_odd = tl.dot(z_k, up_odd, input_precision="ieee")
+            turned_even = (k_even * cos - k_odd * sin).to(q_even.dtype)
+            turned_odd = (k_odd * cos + k_even * sin).to(q_odd.dtype)
+            scores = tl.dot(q_even, tl.trans(turned_even), input_precision="ieee")
+            scores += tl.dot(q_odd, tl.trans(turned_odd), input_precision="ieee")
+            if PASSED > 0:
+                k_rest = tl.dot(z_k, up_rest, input_precision="ieee").to(q_rest.dtype)
+                scores += tl.dot(q_rest, tl.trans(k_rest), input_precision="ieee")
+        else:
+            scores = tl.dot(q_latent, tl.trans(z_k), input_precision="ieee")
+        seen = key[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores * scale, float("-inf"))
+
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        # A tile may lie wholly outside a row's window: exp(-inf - -inf) is not a number.
+        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weights = tl.exp(scores - shift[:, None])
+        decay = tl.exp(highest - shift)
+        z_v = tl.load(
+            slot[:, None] + K_RANK + channel[None, :],
+            mask=in_sequence[:, None] & (channel < V_RANK)[None, :],
+            other=0.0,
+        )
+        total = total * decay + tl.sum(weights, axis=1)
+        mixed = mixed * decay[:, None]
+        mixed += tl.dot(weights.to(z_v.dtype), z_v, input_precision="ieee")
+        highest = new_highest
+
+    output_row = (
+        output_ptr
+        + (query_start + token).to(tl.int64) * output_token_stride
+        + head * output_head_stride
+    )
+    tl.store(
+        output_row[:, None] + channel[None, :],
+        (mixed / total[:, None]).to(output_ptr.dtype.element_ty),
+        mask=real[:, None] & (channel < V_RANK)[None, :],
+    )
+
+
+def attend(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: PagedBatch,
+    output: torch.Tensor,
+    *,
+    scale: float,
+    k_rank: int,
+    k_up: torch.Tensor | None,
+    rope: Rope | None,
+    sliding_window: int | None,
+) -> None:
+    """See vllm_svd.kernels.latent_attention; channels must be contiguous in every tensor."""
+    tokens, heads, width = batch.num_tokens, query.shape[1], query.shape[2]
+    requests, kv_heads = batch.seq_lens.shape[0], kv_cache.shape[1]
+    group = heads // kv_heads
+    rows = max(MIN_ROWS, triton.next_power_of_2(group))
+    block_q = rows // group
+    v_rank = kv_cache.shape[3] - k_rank
+    rotary_dim = 0 if rope is None else rope.cos_sin.shape[1]
+    passed = 0 if rope is None else width - rotary_dim
+    up, cos_sin = (k_up, rope.cos_sin) if k_up is not None and rope else (query, query)
+    # Every request may add one block that is not full; the surplus returns at once.
+    grid = (tokens // block_q + requests, kv_heads)
+    _attention_kernel[grid](
+        query,
+        kv_cache,
+        output,
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.block_table,
+        up,
+        cos_sin,
+        requests,
+        scale,
+        *query.stride()[:2],
+        *output.stride()[:2],
+        *kv_cache.stride()[:3],
+        batch.block_table.stride(0),
+        *up.stride()[:2],
+        cos_sin.stride(0),
+        BLOCK_SIZE=kv_cache.shape[2],
+        GROUP=group,
+        BLOCK_Q=block_q,
+        ROWS=rows,
+        TILE=TILE,
+        K_RANK=k_rank,
+        V_RANK=v_rank,
+        K_PADDED=max(MIN_ROWS, triton.next_power_of_2(k_rank)),
+        V_PADDED=max(MIN_ROWS, triton.next_power_of_2(v_rank)),
+        REBUILD=rope is not None,
+        NEOX=rope is None or rope.is_neox,
+        HALF=rotary_dim // 2,
+        HALF_PADDED=max(MIN_ROWS, triton.next_power_of_2(max(1, rotary_dim // 2))),
+        PASSED=passed,
+        PASSED_PADDED=max(MIN_ROWS, triton.next_power_of_2(max(1, passed))),
+        WINDOW=sliding_window or 0,
+    )
