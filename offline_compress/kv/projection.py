@@ -4,6 +4,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from offline_compress.kv.basis import solve, weighted_error
+from offline_compress.kv.statistics import KVStatistics
+from vllm_svd.errors import SvdError
 from vllm_svd.format import KVProjection
 
 
@@ -30,3 +33,36 @@ class KVBases:
 
     def _bases(self) -> dict[str, torch.Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "config"}
+
+
+def project(statistics: KVStatistics, config: KVProjection) -> KVBases:
+    """The optimal bases of every KV head, in fp64.
+
+    Raises SvdError if the statistics were collected for another mode or another shape.
+    """
+    collected = (statistics.mode, *statistics.key_moment.shape[:2])
+    if collected != (config.mode, config.num_kv_heads, config.head_dim):
+        raise SvdError(
+            f"statistics of mode {collected[0]}, {collected[1]} KV heads of size {collected[2]} "
+            f"cannot serve a projection of mode {config.mode}, {config.num_kv_heads} KV heads of "
+            f"size {config.head_dim}\nRemedy: collect the statistics again for this projection"
+        )
+    k_up, k_down = _per_head(statistics.query_metric, statistics.key_moment, config.k_rank)
+    v_up, v_down = _per_head(statistics.output_metric, statistics.value_moment, config.v_rank)
+    return KVBases(config, k_down, k_up, v_down, v_up)
+
+
+def kv_error(statistics: KVStatistics, bases: KVBases) -> tuple[float, float]:
+    """Relative error of the attention scores and of the attention output, over all KV heads."""
+    return (
+        weighted_error(statistics.query_metric, statistics.key_moment, bases.k_up, bases.k_down),
+        weighted_error(statistics.output_metric, statistics.value_moment, bases.v_up, bases.v_down),
+    )
+
+
+def _per_head(
+    metrics: torch.Tensor, second_moments: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    solved = [solve(*head, rank) for head in zip(metrics, second_moments, strict=True)]
+    ups, downs = zip(*solved, strict=True)
+    return torch.stack(ups), torch.stack(downs)

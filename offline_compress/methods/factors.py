@@ -27,7 +27,7 @@ class LowRankFactors:
         return LowRankFactors(self.A.to(dtype), self.B.to(dtype))
 
     def output_error(self, weight: torch.Tensor, gram: torch.Tensor) -> float:
-        """Relative output error: tr(E C E^T) / tr(W C W^T) with E = W - B A and C the Gram [n, n]."""
+        """tr(E C E^T) / tr(W C W^T), the relative output error: E = W - B A, C the Gram [n, n]."""
         reference = weight.double()
         error, second_moment = reference - self.dense(), gram.double()
         lost = torch.einsum("mi,ij,mj->", error, second_moment, error)

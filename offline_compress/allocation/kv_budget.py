@@ -1,0 +1,72 @@
+"""How many K/V channels a recipe lets each attention layer cache."""
+
+from fractions import Fraction
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+Mode = Literal["pre", "post"]
+Kept = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class LayerOverride(BaseModel):
+    """What one layer does differently; ranks are taken as given, not rounded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Mode | None = None
+    k_rank: PositiveInt | None = None
+    v_rank: PositiveInt | None = None
+
+
+class KVBudget(BaseModel):
+    """`kept` is the fraction of K/V channels that stay; null leaves the cache dense.
+
+    `k_kept` and `v_kept` override it for keys and values. Ranks are rounded to the nearest
+    multiple of `rank_multiple`, at least one and at most the head size.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Mode = "pre"
+    kept: Kept | None = 0.5
+    k_kept: Kept | None = None
+    v_kept: Kept | None = None
+    rank_multiple: PositiveInt = 8
+    layers: dict[NonNegativeInt, LayerOverride] = {}
+
+    def mode_of(self, layer: int) -> Mode:
+        """`pre` or `post` for the layer of this index."""
+        override = self.layers.get(layer)
+        return (override and override.mode) or self.mode
+
+    def ranks(self, layer: int, head_dim: int) -> tuple[int, int] | None:
+        """(k_rank, v_rank) of the layer of this index, None where its cache stays dense."""
+        override = self.layers.get(layer, LayerOverride())
+        given = (override.k_rank, override.v_rank)
+        shares = (self.k_kept or self.kept, self.v_kept or self.kept)
+        if not any(given) and not any(shares):
+            return None
+        k_rank, v_rank = (
+            rank or self._rounded(share, head_dim)
+            for rank, share in zip(given, shares, strict=True)
+        )
+        return k_rank, v_rank
+
+    def problems(self, layers: int, head_dim: int) -> list[str]:
+        """What this budget asks of a model that the model does not have."""
+        found = []
+        for index, override in sorted(self.layers.items()):
+            where = f"kv.layers.{index}"
+            if index >= layers:
+                found.append(f"{where}: the model's layers are 0 to {layers - 1}")
+            for name, rank in (("k_rank", override.k_rank), ("v_rank", override.v_rank)):
+                if rank is not None and rank > head_dim:
+                    found.append(f"{where}.{name}: {rank} exceeds the head size {head_dim}")
+        return found
+
+    def _rounded(self, kept: float | None, head_dim: int) -> int:
+        if kept is None:
+            return head_dim
+        multiples = round(Fraction(str(kept)) * head_dim / self.rank_multiple)
+        return min(head_dim, self.rank_multiple * max(1, multiples))

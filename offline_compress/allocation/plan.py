@@ -1,0 +1,122 @@
+"""RankPlan: what will be done to every matrix and every cache, before anything is computed."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, computed_field
+
+from vllm_svd.format import KVProjection
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MatrixPlan(_Frozen):
+    """One weight [m, n]; it stays dense, for the stated reason, where `rank` is None."""
+
+    out_features: int
+    in_features: int
+    rank: int | None = None
+    method: str = "dense"
+    reason: str | None = None
+
+    @property
+    def dense_parameters(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def parameters(self) -> int:
+        if self.rank is None:
+            return self.dense_parameters
+        return self.rank * (self.out_features + self.in_features)
+
+
+class CachePlan(_Frozen):
+    """One attention layer; its cache stays dense, for the stated reason, without `projection`."""
+
+    num_kv_heads: int
+    head_dim: int
+    projection: KVProjection | None = None
+    reason: str | None = None
+
+    @property
+    def dense_channels(self) -> int:
+        """K and V channels of one token, over all KV heads."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        return self.projection.channels_per_token if self.projection else self.dense_channels
+
+    @property
+    def basis_parameters(self) -> int:
+        """Entries of k_down, k_up, v_down and v_up."""
+        return 2 * self.head_dim * self.projection.channels_per_token if self.projection else 0
+
+
+class Totals(_Frozen):
+    """Sums over the plan; bytes are those of the stored dtype."""
+
+    linear_parameters_dense: int
+    linear_parameters: int
+    linear_parameters_kept: float
+    checkpoint_bytes_dense: int
+    checkpoint_bytes: int
+    kv_bytes_per_token_dense: int
+    kv_bytes_per_token: int
+    gram_bytes: int
+
+
+class RankPlan(_Frozen):
+    """Keyed like the checkpoint's config: matrices by linear layer, caches by attention layer.
+
+    `other_bytes` are embeddings, norms, biases and lm_head, which are copied as they are.
+    `gram_widths` are the sizes n of the Grams [n, n] that calibration holds at once.
+    """
+
+    dtype: Literal["BF16", "F16", "F32"]
+    matrices: dict[str, MatrixPlan]
+    caches: dict[str, CachePlan]
+    other_bytes: int
+    gram_widths: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, raw: Any) -> "RankPlan":
+        """From plan.json, whose totals are derived; raises pydantic's ValidationError."""
+        if isinstance(raw, dict):
+            raw = {name: value for name, value in raw.items() if name != "totals"}
+        return cls.model_validate(raw)
+
+    @property
+    def item_bytes(self) -> int:
+        return 4 if self.dtype == "F32" else 2
+
+    @property
+    def compressed(self) -> dict[str, int]:
+        """The ranks of the matrices that will be factorised."""
+        return {path: plan.rank for path, plan in self.matrices.items() if plan.rank is not None}
+
+    @property
+    def projected(self) -> dict[str, KVProjection]:
+        """The caches that will be projected."""
+        return {path: plan.projection for path, plan in self.caches.items() if plan.projection}
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def totals(self) -> Totals:
+        """What the checkpoint and its cache will weigh, beside the dense model."""
+        dense = sum(plan.dense_parameters for plan in self.matrices.values())
+        kept = sum(plan.parameters for plan in self.matrices.values())
+        bases = sum(plan.basis_parameters for plan in self.caches.values())
+        return Totals(
+            linear_parameters_dense=dense,
+            linear_parameters=kept,
+            linear_parameters_kept=kept / dense if dense else 1.0,
+            checkpoint_bytes_dense=dense * self.item_bytes + self.other_bytes,
+            checkpoint_bytes=(kept + bases) * self.item_bytes + self.other_bytes,
+            kv_bytes_per_token_dense=self.item_bytes
+            * sum(plan.dense_channels for plan in self.caches.values()),
+            kv_bytes_per_token=self.item_bytes
+            * sum(plan.channels for plan in self.caches.values()),
+            gram_bytes=4 * sum(width * width for width in self.gram_widths),
+        )

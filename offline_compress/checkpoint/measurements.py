@@ -1,0 +1,43 @@
+"""measurements.json: what a compressed checkpoint was measured to lose, and where it came from."""
+
+from pydantic import BaseModel, ConfigDict
+
+MEASUREMENTS_FILE = "measurements.json"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MatrixError(_Frozen):
+    """Relative errors, fractions of a squared norm.
+
+    `predicted` is the dropped tail in the metric of the method; `held_out` the output error of
+    the stored factors on text they were not computed from.
+    """
+
+    predicted: float
+    held_out: float
+    damping: float
+
+
+class CacheError(_Frozen):
+    """Held-out relative errors of the attention scores (K) and of the attention output (V)."""
+
+    k_error: float
+    v_error: float
+
+
+class Measurements(_Frozen):
+    """`perplexity` is per token, over `held_out_tokens` tokens in windows of `context`."""
+
+    base_model: str
+    text: str
+    calibration_tokens: int
+    held_out_tokens: int
+    context: int
+    perplexity_dense: float
+    perplexity: float
+    matrices: dict[str, MatrixError]
+    caches: dict[str, CacheError]
+    versions: dict[str, str]

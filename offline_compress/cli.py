@@ -1,0 +1,272 @@
+"""`offline-compress`: run, plan, inspect, evaluate and restore."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from offline_compress import staging
+from offline_compress.progress import Progress
+from vllm_svd import __version__
+from vllm_svd.errors import SvdError
+
+DEBUG = "OFFLINE_COMPRESS_DEBUG"
+
+app = typer.Typer(
+    help="Compress a Hugging Face decoder checkpoint for vllm serve.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class Device(StrEnum):
+    """Where the model runs; auto is CUDA where there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class KVMode(StrEnum):
+    """Whether keys are projected before or after RoPE."""
+
+    pre = "pre"
+    post = "post"
+
+
+Model = Annotated[str, typer.Argument(help="Directory of a dense checkpoint, or a hub id.")]
+Recipe = Annotated[Path | None, typer.Option(help="Recipe in YAML; flags override its fields.")]
+Method = Annotated[str | None, typer.Option(help="svd, asvd or svd_llm.  [default: svd_llm]")]
+Kept = Annotated[
+    float | None,
+    typer.Option(help="Fraction of each matrix that stays; 1 is dense.  [default: 0.8]"),
+]
+KVKept = Annotated[
+    float | None,
+    typer.Option(help="Fraction of K/V channels that stay; 1 is dense.  [default: 0.5]"),
+]
+KVModeFlag = Annotated[
+    KVMode | None,
+    typer.Option("--kv-mode", help="Project keys before or after RoPE.  [default: pre]"),
+]
+Text = Annotated[Path | None, typer.Option(help="UTF-8 text to calibrate on.")]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows.  [default: 64]")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the windows' offsets.  [default: 0]")]
+DeviceFlag = Annotated[
+    Device | None, typer.Option("--device", help="auto, cpu or cuda.  [default: auto]")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"offline-compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print it.", callback=_show_version, is_eager=True),
+    ] = False,
+    debug: Annotated[bool, typer.Option(envvar=DEBUG, help="Show tracebacks.")] = False,
+) -> None:
+    del version
+    if debug:
+        os.environ[DEBUG] = "1"
+
+
+@app.command()
+def run(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Directory to create.")],
+    recipe: Recipe = None,
+    method: Method = None,
+    kept: Kept = None,
+    kv_kept: KVKept = None,
+    kv_mode: KVModeFlag = None,
+    text: Text = None,
+    samples: Samples = None,
+    seed: Seed = None,
+    device: DeviceFlag = None,
+) -> None:
+    """Compress MODEL into OUT."""
+    from offline_compress.pipeline import compress
+    from offline_compress.recipe import load
+    from offline_compress.report import result_table
+
+    flags = _flags(method, kept, kv_kept, kv_mode, text, samples, seed, device)
+    wanted = load(recipe, flags)
+    with _progress() as progress:
+        measured = compress(wanted, model, out, progress)
+    _print(result_table(measured))
+    typer.echo(f"{out} is complete: vllm serve {out}")
+
+
+@app.command()
+def plan(
+    model: Model,
+    out: Annotated[Path | None, typer.Argument(help="Not written to.")] = None,
+    recipe: Recipe = None,
+    method: Method = None,
+    kept: Kept = None,
+    kv_kept: KVKept = None,
+    kv_mode: KVModeFlag = None,
+    text: Text = None,
+    samples: Samples = None,
+    seed: Seed = None,
+    device: DeviceFlag = None,
+) -> None:
+    """Print ranks, bytes and memory of `run` with the same options; reads no weight."""
+    from offline_compress.checkpoint import ensure_vacant
+    from offline_compress.planning import plan as make_plan
+    from offline_compress.recipe import load
+    from offline_compress.report import plan_tables
+    from offline_compress.weights import open_source
+
+    flags = _flags(method, kept, kv_kept, kv_mode, text, samples, seed, device)
+    wanted = load(recipe, flags)
+    if out is not None:
+        ensure_vacant(out)
+    _print(*plan_tables(make_plan(wanted, open_source(model, weights=False))))
+
+
+@app.command()
+def inspect(
+    out: Annotated[Path, typer.Argument(help="A compressed checkpoint.")], as_json: Json = False
+) -> None:
+    """Verify OUT and print what it holds."""
+    from offline_compress.checkpoint import inspect as read
+    from offline_compress.report import inspection_json, plan_tables, result_table
+
+    found = read(out)
+    if as_json:
+        typer.echo(json.dumps(inspection_json(found), indent=1))
+        return
+    _print(*plan_tables(found.plan), result_table(found.measured))
+    typer.echo(f"{found.config.method}: {found.shards} shards of {found.bytes:,} bytes, verified")
+
+
+@app.command()
+def evaluate(
+    directory: Annotated[Path, typer.Argument(help="A dense or compressed checkpoint.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text to score.")],
+    context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at a time.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 4,
+    device: Annotated[Device, typer.Option(help="auto, cpu or cuda.")] = Device.auto,
+    as_json: Json = False,
+) -> None:
+    """Print the perplexity of DIRECTORY on a text."""
+    from dataclasses import asdict
+
+    from offline_compress import reference
+    from offline_compress.evaluation import default_bos, perplexity, tokenize_file
+    from offline_compress.pipeline import compute_dtype, load_tokenizer, pick_device
+
+    where = pick_device(device)
+    tokenizer = load_tokenizer(directory)
+    tokens = tokenize_file(tokenizer, text)
+    stored = reference.load(directory, where)
+    network = stored.to(compute_dtype(where, stored.dtype))
+    with _progress() as progress:
+        bos = default_bos(tokenizer)
+        found = perplexity(network, tokens, context, batch, bos, progress)
+    typer.echo(
+        json.dumps(asdict(found), indent=1)
+        if as_json
+        else f"perplexity {found.perplexity:.3f} over {found.tokens} tokens, context {context}"
+    )
+
+
+@app.command()
+def restore(
+    out: Annotated[Path, typer.Argument(help="A compressed checkpoint.")],
+    dense: Annotated[Path, typer.Argument(metavar="DENSE_DIR", help="Directory to create.")],
+) -> None:
+    """Multiply the factors of OUT back into a plain dense checkpoint."""
+    from offline_compress.checkpoint import restore as multiply_back
+
+    with _progress() as progress:
+        dropped = multiply_back(out, dense, progress=progress)
+    if dropped:
+        typer.echo(
+            f"note: a dense checkpoint cannot hold K/V projections; {dropped} were dropped, so "
+            f"{dense} caches every channel"
+        )
+    typer.echo(f"{dense} is complete")
+
+
+def main() -> None:
+    """The console entry: one message and exit code 1 for a user's error, no traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    exit_on_signals()
+    try:
+        app()
+    except SvdError as error:
+        if os.environ.get(DEBUG):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+def exit_on_signals() -> None:
+    """SIGTERM exits with 143 and Ctrl-C with 130; no output is left half-written."""
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    # Not an exception: one raised inside a library's import is swallowed or comes out as another.
+    staging.abandon()
+    Console(stderr=True).show_cursor()
+    os._exit(128 + number)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    from offline_compress.report import progress_bars
+
+    with progress_bars(Console(stderr=True)) as progress:
+        yield progress
+
+
+def _flags(
+    method: str | None,
+    kept: float | None,
+    kv_kept: float | None,
+    kv_mode: KVMode | None,
+    text: Path | None,
+    samples: int | None,
+    seed: int | None,
+    device: Device | None,
+) -> dict[str, Any]:
+    return {
+        "--method": method,
+        "--kept": kept,
+        "--kv-kept": kv_kept,
+        "--kv-mode": kv_mode and kv_mode.value,
+        "--text": text and str(text),
+        "--samples": samples,
+        "--seed": seed,
+        "--device": device and device.value,
+    }
+
+
+def _print(*tables: Any) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a pipe has no width; do not wrap to 80
+    for table in tables:
+        console.print(table)

@@ -1,0 +1,93 @@
+"""Perplexity of a causal language model on a text."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offline_compress.progress import Progress
+from vllm_svd.errors import SvdError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(nll), with nll in nats per scored token, and what it was measured on."""
+
+    perplexity: float
+    nll: float
+    tokens: int
+    windows: int
+    context: int
+
+
+def tokenize_file(tokenizer: PreTrainedTokenizerBase, path: Path) -> torch.Tensor:
+    """Token ids [total] of a UTF-8 text as one string, without special tokens.
+
+    Raises SvdError if the file cannot be read or yields no token.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SvdError(
+            f"{path} cannot be read as UTF-8 text: {error}\nRemedy: give a plain text file"
+        ) from None
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not tokens:
+        raise SvdError(f"{path} holds no text\nRemedy: give a text file that is not empty")
+    return torch.tensor(tokens, dtype=torch.long)
+
+
+def default_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS token if the tokenizer puts one before a text by default, else None."""
+    first = tokenizer("")["input_ids"][:1]
+    return int(first[0]) if first and first[0] == tokenizer.bos_token_id else None
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    context: int,
+    batch: int,
+    bos: int | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Token-weighted perplexity of `tokens` [total] over non-overlapping windows.
+
+    Protocol: the model sees `context` tokens at a time. With `bos`, each window is BOS and
+    `context - 1` tokens of the text, all of them scored. Without, it is `context` tokens of the
+    text, the first of which has nothing before it and is not scored. The last, shorter window
+    counts by its tokens. Raises SvdError if there is nothing to score or the NLL is not finite.
+    """
+    prefix = torch.tensor([] if bos is None else [bos], dtype=torch.long)
+    stride = context - len(prefix)
+    windows = [torch.cat((prefix, part)) for part in torch.split(tokens, max(stride, 1))]
+    windows = [window for window in windows if len(window) > 1]
+    if context < 2 or batch < 1 or not windows:
+        raise SvdError(
+            f"nothing to score in {len(tokens)} tokens with context {context} and batch {batch}\n"
+            "Remedy: give at least two tokens, a context of at least 2 and a batch of at least 1"
+        )
+    nll, scored, done = 0.0, 0, 0
+    while done < len(windows):
+        rows = [w for w in windows[done : done + batch] if len(w) == len(windows[done])]
+        ids = torch.stack(rows).to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        losses = functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        nll += float(losses.double().sum())
+        scored += losses.numel()
+        done += len(rows)
+        if progress is not None:
+            progress("perplexity", done, len(windows))
+    if not math.isfinite(nll):
+        raise SvdError(
+            "the model assigns a negative log-likelihood that is not finite\n"
+            "Remedy: evaluate in bfloat16 or float32, and check the checkpoint"
+        )
+    mean = nll / scored
+    return Perplexity(float(torch.tensor(mean).double().exp()), mean, scored, len(windows), context)

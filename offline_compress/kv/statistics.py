@@ -1,0 +1,26 @@
+"""What calibration says about the keys and values of one attention layer, and who reads them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Mode = Literal["pre", "post"]
+
+
+@dataclass(frozen=True)
+class KVStatistics:
+    """Moments [kv_heads, d, d] in fp64, uncentred, averaged over `tokens` calibration tokens.
+
+    key_moment: E[k k^T], of the key before RoPE (`pre`) or after it (`post`).
+    query_metric: E[q q^T] summed over the query heads that read the KV head; rotated for `post`,
+    averaged over relative positions (rope.Rope.read_metric) for `pre`.
+    value_moment: E[v v^T]. output_metric: W_o^T W_o summed over the same query heads.
+    """
+
+    mode: Mode
+    key_moment: torch.Tensor
+    query_metric: torch.Tensor
+    value_moment: torch.Tensor
+    output_metric: torch.Tensor
+    tokens: int

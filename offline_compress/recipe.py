@@ -1,0 +1,181 @@
+"""CompressionRecipe: what the user wants, from YAML and command-line flags."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
+
+from offline_compress.allocation import Kept, KVBudget, LayerOverride
+from offline_compress.methods import Asvd, MethodConfig, Svd, SvdLlm
+from vllm_svd.errors import SvdError
+
+
+class RecipeError(SvdError):
+    """A recipe, from a file or from flags, that asks for what does not exist."""
+
+    def __init__(self, where: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        listed = "".join(f"\n  - {problem}" for problem in self.problems)
+        super().__init__(f"{where} is not a valid recipe:{listed}")
+
+
+class Weights(BaseModel):
+    """`kept` is the fraction of each matrix's parameters that stays; 1.0 leaves it dense.
+
+    `method` is a name, or a mapping of `name` and the method's own options.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: MethodConfig = SvdLlm()
+    kept: Kept = 0.8
+    rank_multiple: PositiveInt = 1
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class Calibration(BaseModel):
+    """`samples` windows of `context` tokens from `text`; `batch` of them run at a time."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str | None = None
+    samples: PositiveInt = 64
+    context: Annotated[int, Field(ge=2)] = 512
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch: PositiveInt = 4
+
+
+class Evaluation(BaseModel):
+    """`samples` windows at the end of the text are held out, and errors are measured on them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    samples: PositiveInt = 16
+
+
+class CompressionRecipe(BaseModel):
+    """Every field has a default except the text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: Weights = Weights()
+    kv: KVBudget = KVBudget()
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+
+    def yaml(self) -> str:
+        """The whole recipe, defaults included, as recipe.yaml holds it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "weights": Weights,
+    "kv": KVBudget,
+    "calibration": Calibration,
+    "evaluation": Evaluation,
+}
+_METHODS: dict[str, type[BaseModel]] = {"svd": Svd, "asvd": Asvd, "svd_llm": SvdLlm}
+
+# The recipe field that each flag of the command line sets.
+FLAGS = {
+    "--method": "weights.method",
+    "--kept": "weights.kept",
+    "--kv-kept": "kv.kept",
+    "--kv-mode": "kv.mode",
+    "--text": "calibration.text",
+    "--samples": "calibration.samples",
+    "--seed": "calibration.seed",
+    "--device": "calibration.device",
+}
+
+
+def load(path: Path | None = None, flags: Mapping[str, Any] | None = None) -> CompressionRecipe:
+    """The recipe of a YAML file, or the default one, with the flags that were given set over it.
+
+    Raises RecipeError that lists every problem by its YAML path and, where one set it, its flag.
+    """
+    given = {flag: value for flag, value in (flags or {}).items() if value is not None}
+    raw = _read(path) if path else {}
+    for flag, value in given.items():
+        section, field = FLAGS[flag].split(".")
+        fields = raw.setdefault(section, {})
+        if not isinstance(fields, dict):
+            continue  # validation reports the section itself
+        if field == "method" and _method_name(fields.get(field)) == value:
+            continue  # the same method keeps the options that the file gives it
+        fields[field] = value
+    try:
+        return CompressionRecipe.model_validate(raw)
+    except ValidationError as error:
+        where = str(path) if path else "the command line"
+        problems = [_problem(dict(item), given) for item in error.errors()]
+        raise RecipeError(where, problems) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(str(path), [f"it cannot be read: {error.strerror}"]) from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(str(path), [f"it is not YAML: {error}"]) from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            str(path), [f"it holds a {type(raw).__name__}, not the sections {_names()}"]
+        )
+    # A section left empty in YAML is null; it means its defaults.
+    return {name: {} if section is None else section for name, section in raw.items()}
+
+
+def _method_name(method: Any) -> Any:
+    return method.get("name") if isinstance(method, dict) else method
+
+
+def _names(model: type[BaseModel] = CompressionRecipe) -> str:
+    return ", ".join(model.model_fields)
+
+
+def _problem(item: dict[str, Any], given: Mapping[str, Any]) -> str:
+    """One line: where (and the flag that set it), what was given, what is accepted."""
+    location = [str(part) for part in item["loc"]]
+    # pydantic puts the union's tag into the path: weights.method.asvd.alpha
+    tagged = len(location) > 3 and location[:2] == ["weights", "method"]
+    path = ".".join(location[:2] + location[3:] if tagged else location)
+    flag = next((flag for flag in given if FLAGS[flag] == path), None)
+    where = f"{path} ({flag})" if flag else path
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown; accepted here are {_names(_model_at(location[:-1]))}"
+    return f"{where}: {item['input']!r} was given; {_decapitalised(item['msg'])}"
+
+
+def _model_at(location: Sequence[str]) -> type[BaseModel]:
+    """The config model that a YAML path, with pydantic's union tag in it, leads to."""
+    match location:
+        case ["weights", "method", tag]:
+            return _METHODS[tag]
+        case ["kv", "layers", _]:
+            return LayerOverride
+        case [section]:
+            return _SECTIONS[section]
+        case _:
+            return CompressionRecipe
+
+
+def _decapitalised(message: str) -> str:
+    return message[:1].lower() + message[1:]

@@ -1,0 +1,105 @@
+"""K/V channel projections inside a transformers model: keys and values pass through the latent."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from offline_compress.families import Family
+from offline_compress.kv.projection import KVBases
+from vllm_svd.errors import SvdError
+
+ATTENTION = "svd_latent_sdpa"
+
+
+class LatentKV(nn.Module):
+    """The bases of one attention layer: buffers named as in the checkpoint.
+
+    The cache of a server holds `down @ k` and `down @ v`; here both are expanded at once, which
+    is the same function of the hidden states (the value's expansion is linear, so it commutes
+    with the attention weights).
+    """
+
+    def __init__(self, bases: KVBases) -> None:
+        super().__init__()
+        self.post = bases.config.mode == "post"
+        self.k_down, self.k_up = nn.Buffer(bases.k_down), nn.Buffer(bases.k_up)
+        self.v_down, self.v_up = nn.Buffer(bases.v_down), nn.Buffer(bases.v_up)
+
+    def pass_key(self, _module: nn.Module, _inputs: Any, key: torch.Tensor) -> torch.Tensor:
+        """Forward hook: the key before RoPE, through its latent."""
+        return _through(key, self.k_down, self.k_up)
+
+    def pass_value(self, _module: nn.Module, _inputs: Any, value: torch.Tensor) -> torch.Tensor:
+        """Forward hook: the value, through its latent."""
+        return _through(value, self.v_down, self.v_up)
+
+    def latent_query_key(
+        self, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated query and key [samples, heads, tokens, d] in the k_rank channels of the cache."""
+        grouped = query.reshape(len(query), len(self.k_up), -1, *query.shape[2:])
+        return (grouped @ self.k_up[:, None]).flatten(1, 2), key @ self.k_down.mT
+
+
+def install_kv(model: PreTrainedModel, family: Family, path: str, bases: KVBases) -> None:
+    """Make the attention layer at `path` read its keys and values through `bases`.
+
+    `pre` keys pass through the latent before RoPE. `post` switches the model to an attention
+    function that projects the rotated query and key; layers without bases keep plain SDPA there.
+    Raises SvdError if the layer already has bases or its heads have another shape.
+    """
+    attention = model.get_submodule(path)
+    if hasattr(attention, "attn"):
+        raise SvdError(
+            f"{path}: K/V projections are already installed\nRemedy: start from the dense model"
+        )
+    config = bases.config
+    found = (model.config.num_key_value_heads, attention.head_dim)
+    if found != (config.num_kv_heads, config.head_dim):
+        raise SvdError(
+            f"{path}: bases for {config.num_kv_heads} KV heads of size {config.head_dim}; the "
+            f"layer has {found[0]} of size {found[1]}\nRemedy: project this very layer"
+        )
+    like = attention.o_proj.weight
+    attention.attn = latent = LatentKV(bases.to(like.dtype)).to(like.device)
+    layer = model.get_submodule(path.removesuffix(f".{family.attention}"))
+    layer.get_submodule(family.value_output).register_forward_hook(latent.pass_value)
+    if latent.post:
+        _switch_attention(model)
+    else:
+        layer.get_submodule(family.key_output).register_forward_hook(latent.pass_key)
+
+
+def latent_sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA in the latent channels of `post` layers; mask and softmax scale are the model's own."""
+    latent = getattr(module, "attn", None)
+    if latent is not None and latent.post:
+        query, key = latent.latent_query_key(query, key)
+    output: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, **kwargs
+    )
+    return output
+
+
+def _switch_attention(model: PreTrainedModel) -> None:
+    AttentionInterface.register(ATTENTION, latent_sdpa)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+
+
+def _through(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """up down x per KV head, for x [..., heads * d] or with the heads already apart."""
+    heads = x.reshape(*x.shape[:2], len(down), -1)
+    latent = torch.einsum("bshd,hrd->bshr", heads, down)
+    return torch.einsum("bshr,hdr->bshd", latent, up).reshape(x.shape)

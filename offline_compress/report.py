@@ -1,0 +1,111 @@
+"""Plans, inspections and progress in the terminal."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from offline_compress.allocation import RankPlan
+from offline_compress.checkpoint import Inspection, Measurements
+from offline_compress.progress import Progress
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[Progress]:
+    """One bar per stage; a stage that starts over gets a new bar."""
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    bars = Bars(*columns, console=console)
+    current: dict[str, TaskID] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        bars.start()  # at the first report: an error before it stays the only output
+        if stage not in current:
+            current[stage] = bars.add_task(stage, total=total)
+        bars.update(current[stage], completed=done)
+        if done >= total:
+            del current[stage]
+
+    try:
+        yield show
+    finally:
+        if bars.tasks:
+            bars.stop()
+
+
+def plan_tables(plan: RankPlan) -> Iterator[Table]:
+    """Ranks per matrix and per cache, then the totals."""
+    matrices = Table("matrix", "shape", "method", "rank", "parameters", "kept", "why dense")
+    for path, matrix in plan.matrices.items():
+        matrices.add_row(
+            path,
+            f"{matrix.out_features} x {matrix.in_features}",
+            matrix.method,
+            str(matrix.rank or "-"),
+            f"{matrix.parameters:,}",
+            f"{matrix.parameters / matrix.dense_parameters:.3f}",
+            matrix.reason or "",
+        )
+    yield matrices
+    caches = Table("attention", "mode", "k_rank", "v_rank", "KV bytes per token", "why dense")
+    for path, cache in plan.caches.items():
+        ranks = cache.projection
+        caches.add_row(
+            path,
+            ranks.mode if ranks else "dense",
+            str(ranks.k_rank if ranks else "-"),
+            str(ranks.v_rank if ranks else "-"),
+            f"{cache.channels * plan.item_bytes} of {cache.dense_channels * plan.item_bytes}",
+            cache.reason or "",
+        )
+    yield caches
+    totals = plan.totals
+    summary = Table("", "dense", "compressed", "kept")
+    for label, dense, compressed in (
+        ("linear parameters", totals.linear_parameters_dense, totals.linear_parameters),
+        ("checkpoint bytes", totals.checkpoint_bytes_dense, totals.checkpoint_bytes),
+        ("KV bytes per token", totals.kv_bytes_per_token_dense, totals.kv_bytes_per_token),
+    ):
+        summary.add_row(label, f"{dense:,}", f"{compressed:,}", f"{compressed / dense:.3f}")
+    summary.caption = f"calibration holds {totals.gram_bytes:,} bytes of Grams"
+    yield summary
+
+
+def result_table(measured: Measurements) -> Table:
+    """Perplexity, and the spread of the errors."""
+    table = Table("measured on held-out text", "dense", "compressed")
+    table.add_row("perplexity", f"{measured.perplexity_dense:.3f}", f"{measured.perplexity:.3f}")
+    rows: Mapping[str, list[float]] = {
+        "largest output error": [matrix.held_out for matrix in measured.matrices.values()],
+        "largest K error": [cache.k_error for cache in measured.caches.values()],
+        "largest V error": [cache.v_error for cache in measured.caches.values()],
+    }
+    for label, errors in rows.items():
+        if errors:
+            table.add_row(label, "0", f"{max(errors):.2e}")
+    return table
+
+
+def inspection_json(found: Inspection) -> dict[str, object]:
+    """Everything `inspect` knows, as JSON."""
+    return {
+        "method": found.config.method,
+        "format_version": found.config.format_version,
+        "shards": found.shards,
+        "bytes": found.bytes,
+        "plan": found.plan.model_dump(mode="json"),
+        "measured": found.measured.model_dump(mode="json"),
+    }

@@ -1,0 +1,74 @@
+"""Tiny random checkpoints of every family, shared by the whole suite."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+ROOT = Path(__file__).parents[1]
+DEMO_MODEL = ROOT / "examples" / "wiki-llama-s"
+DEMO_TEXT = ROOT / "examples" / "wikitext-2" / "test.txt"
+
+_SHAPE = {
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, True),
+    "mistral": (MistralForCausalLM, MistralConfig, False),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, False),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, False),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
+    """Directory of a random fp32 model of a family, with the demo model's tokenizer.
+
+    The model is the same in every run; treat the directory as read-only.
+    """
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            model_class, config_class, tied = _FAMILIES[family]
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = model_class(config_class(**_SHAPE, tie_word_embeddings=tied))
+            directory = tmp_path_factory.mktemp("checkpoints") / f"tiny-{family}"
+            model.float().save_pretrained(directory)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copyfile(DEMO_MODEL / name, directory / name)
+            made[family] = directory
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def short_text(tmp_path_factory) -> Path:
+    """The first 60 kB of the demo text: tokenised in an instant."""
+    path = tmp_path_factory.mktemp("text") / "short.txt"
+    path.write_text(DEMO_TEXT.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+    return path

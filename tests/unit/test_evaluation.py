@@ -1,0 +1,128 @@
+"""Perplexity: the protocol, token by token."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from offline_compress.evaluation import default_bos, perplexity, tokenize_file
+from offline_compress.reference import load
+from vllm_svd.errors import SvdError
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    loaded = load(tiny_checkpoint("llama"), "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in loaded.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(2, model.config.vocab_size, (100,), generator=generator)
+
+
+def tokenizer(*, with_bos: bool) -> PreTrainedTokenizerFast:
+    words = {"<s>": 0, "<unk>": 1, "one": 2, "two": 3, "three": 4}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if with_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+
+
+@torch.no_grad()
+def negative_log_likelihoods(model, window):
+    """One forward pass per scored token."""
+    losses = []
+    for position in range(1, len(window)):
+        logits = model(window[None, :position]).logits[0, -1].double()
+        losses.append(float(logits.logsumexp(0) - logits[window[position]]))
+    return losses
+
+
+def test_with_bos_every_token_of_the_text_is_scored(model, tokens):
+    windows = [
+        torch.cat((torch.tensor([1]), tokens[start : start + 31])) for start in range(0, 100, 31)
+    ]
+    losses = [loss for window in windows for loss in negative_log_likelihoods(model, window)]
+    measured = perplexity(model, tokens, context=32, batch=2, bos=1)
+    assert (measured.tokens, measured.windows, measured.context) == (100, 4, 32)
+    assert measured.nll == pytest.approx(sum(losses) / 100, rel=1e-5)
+    assert measured.perplexity == pytest.approx(torch.tensor(measured.nll).double().exp().item())
+
+
+def test_without_bos_the_first_token_of_each_window_is_not_scored(model, tokens):
+    windows = [tokens[start : start + 32] for start in range(0, 100, 32)]
+    losses = [loss for window in windows for loss in negative_log_likelihoods(model, window)]
+    measured = perplexity(model, tokens, context=32, batch=3)
+    assert (measured.tokens, measured.windows) == (96, 4)
+    assert measured.nll == pytest.approx(sum(losses) / 96, rel=1e-5)
+
+
+def test_a_last_window_with_nothing_to_predict_is_dropped(model, tokens):
+    measured = perplexity(model, tokens[:33], context=32, batch=1)
+    assert (measured.tokens, measured.windows) == (31, 1)
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+def test_batching_changes_nothing(model, tokens, bos):
+    reported = []
+    one = perplexity(model, tokens, 16, batch=1, bos=bos)
+    many = perplexity(
+        model, tokens, 16, 5, bos, progress=lambda _, done, total: reported.append((done, total))
+    )
+    assert many.nll == pytest.approx(one.nll, rel=1e-6)
+    assert many.tokens == one.tokens
+    assert reported[-1] == (one.windows, one.windows)
+
+
+def test_a_model_that_knows_nothing_scores_its_vocabulary(tiny_checkpoint, tokens):
+    model = load(tiny_checkpoint("qwen3"), "cpu", torch.float32)
+    model.lm_head.weight.data.zero_()
+    measured = perplexity(model, tokens % model.config.vocab_size, 32, 4, 0)
+    assert measured.perplexity == pytest.approx(model.config.vocab_size, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("length", "context", "batch"), [(0, 32, 1), (1, 32, 1), (50, 1, 1), (50, 32, 0)]
+)
+def test_nothing_to_score_is_refused(model, tokens, length, context, batch):
+    with pytest.raises(SvdError, match="nothing to score"):
+        perplexity(model, tokens[:length], context, batch)
+
+
+def test_logits_that_are_not_finite_are_refused(tiny_checkpoint, tokens):
+    model = load(tiny_checkpoint("qwen3"), "cpu", torch.float32)
+    model.lm_head.weight.data[0] = float("nan")
+    with pytest.raises(SvdError, match="not finite"):
+        perplexity(model, tokens % model.config.vocab_size, 32, 4)
+
+
+def test_text_is_one_string_without_special_tokens(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("one two\n\nthree one\n")
+    assert tokenize_file(tokenizer(with_bos=True), text).tolist() == [2, 3, 4, 2]
+
+
+def test_bos_is_taken_only_where_the_tokenizer_adds_it():
+    assert default_bos(tokenizer(with_bos=True)) == 0
+    assert default_bos(tokenizer(with_bos=False)) is None
+
+
+def test_text_that_is_empty_absent_or_binary_is_refused(tmp_path):
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.write_text("\n \n")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, problem in (
+        (empty, "holds no text"),
+        (binary, "cannot be read"),
+        (tmp_path / "absent.txt", "cannot be read"),
+    ):
+        with pytest.raises(SvdError, match=problem):
+            tokenize_file(tokenizer(with_bos=True), path)

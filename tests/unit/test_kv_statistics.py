@@ -1,0 +1,251 @@
+"""K/V statistics against queries, keys and values computed by hand."""
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.masking_utils import sdpa_mask
+from transformers.models.llama.modeling_llama import rotate_half
+
+from offline_compress.families import family_of, head_dim, layer_paths
+from offline_compress.kv import collect
+from offline_compress.kv.rope import Rope
+from offline_compress.reference import load
+from vllm_svd.errors import SvdError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, tiny_checkpoint):
+    """A tiny model whose every parameter, bias and norm is random enough to matter."""
+    loaded = load(tiny_checkpoint(request.param), "cpu", torch.float32)
+    if request.param == "mistral":
+        loaded.config.sliding_window = 16  # every layer of Mistral slides
+    generator = torch.Generator().manual_seed(7)
+    for parameter in loaded.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        spread = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+        parameter.data = parameter.data * (parameter.ndim == 1) + spread * noise
+    loaded.tie_weights()
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def windows(model):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, model.config.vocab_size, (5, CONTEXT), generator=generator)
+
+
+def attention_paths(model):
+    return [f"{layer}.self_attn" for layer in layer_paths(model.config)]
+
+
+def collected(model, windows, mode, batch=2):
+    modes = dict.fromkeys(attention_paths(model), mode)
+    return collect(model, family_of(model.config), windows, modes, batch)
+
+
+@torch.no_grad()
+def rotated_by_the_model(model, windows):
+    """Query, key, value [samples, heads, tokens, d] that the attention function receives."""
+    seen = {}
+
+    def capture(module, query, key, value, attention_mask, **kwargs):
+        seen[module] = (query.double(), key.double(), value.double())
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("sdpa_capture", capture)
+    AttentionMaskInterface.register("sdpa_capture", sdpa_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa_capture")
+    model(windows)
+    model.set_attn_implementation(before)
+    return [seen[model.get_submodule(path)] for path in attention_paths(model)]
+
+
+@torch.no_grad()
+def before_rope(model, windows):
+    """Query and key [samples, heads, tokens, d] from the hidden states and the module's weights."""
+    hidden = model(windows, output_hidden_states=True).hidden_states
+    size = head_dim(model.config)
+    pairs = []
+    for path, states in zip(layer_paths(model.config), hidden, strict=False):
+        layer = model.get_submodule(path)
+        states = layer.input_layernorm(states)
+        pair = []
+        for side in ("q", "k"):
+            x = getattr(layer.self_attn, f"{side}_proj")(states).unflatten(-1, (-1, size))
+            norm = getattr(layer.self_attn, f"{side}_norm", lambda x: x)
+            pair.append(norm(x).transpose(1, 2).double())
+        pairs.append(pair)
+    return pairs
+
+
+def moments(x):
+    """E[x x^T] per head [heads, d, d], token by token, of x [samples, heads, tokens, d]."""
+    return torch.einsum("bhti,bhtj->hij", x, x) / (x.shape[0] * x.shape[2])
+
+
+def read_by(model, per_query_head):
+    """Sum over the query heads that read each KV head."""
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    total = torch.zeros(model.config.num_key_value_heads, *per_query_head.shape[1:]).double()
+    for head, moment in enumerate(per_query_head):
+        total[head // groups] += moment
+    return total
+
+
+def rotation(model, offset):
+    """R_D [d, d] from the model's own angles."""
+    cos, sin = model.model.rotary_emb(torch.zeros(1), torch.tensor([[offset]]))
+    identity = torch.eye(head_dim(model.config))
+    return (identity * cos[0] + rotate_half(identity) * sin[0]).T.double()
+
+
+def hooks(model):
+    return [len(module._forward_hooks) for module in model.modules()]
+
+
+def assert_close(found, expected):
+    assert found.dtype == torch.float64 and found.shape == expected.shape
+    assert torch.allclose(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+def test_post_moments_are_those_of_the_rotated_query_and_key(model, windows):
+    statistics = collected(model, windows, "post")
+    for path, (query, key, value) in zip(
+        attention_paths(model), rotated_by_the_model(model, windows), strict=True
+    ):
+        assert statistics[path].tokens == windows.numel()
+        assert_close(statistics[path].key_moment, moments(key))
+        assert_close(statistics[path].query_metric, read_by(model, moments(query)))
+        assert_close(statistics[path].value_moment, moments(value))
+
+
+def test_pre_moments_are_those_before_rope_read_at_every_offset(model, windows):
+    window = getattr(model.config, "sliding_window", None) or CONTEXT
+    offsets = [offset for offset in (0, 1, 2, 4, 8, 16, 32) if offset < window]
+    statistics = collected(model, windows, "pre")
+    for path, (query, key) in zip(attention_paths(model), before_rope(model, windows), strict=True):
+        assert_close(statistics[path].key_moment, moments(key))
+        query_moment = read_by(model, moments(query))
+        turns = [rotation(model, offset) for offset in offsets]
+        expected = sum(turn @ query_moment @ turn.T for turn in turns) / len(turns)
+        assert_close(statistics[path].query_metric, expected)
+
+
+def test_output_metric_weighs_the_value_by_its_columns_of_o_proj(model, windows):
+    size = head_dim(model.config)
+    for path, statistics in collected(model, windows, "pre").items():
+        columns = model.get_submodule(path).o_proj.weight.detach().double().split(size, dim=1)
+        per_head = torch.stack([column.T @ column for column in columns])
+        assert_close(statistics.output_metric, read_by(model, per_head))
+
+
+def test_batching_changes_nothing_and_progress_counts_every_sample(model, windows):
+    reported = []
+    modes = dict.fromkeys(attention_paths(model), "post")
+    family = family_of(model.config)
+    whole = collect(model, family, windows, modes, 5)
+    parts = collect(
+        model, family, windows, modes, 2, lambda _, done, total: reported.append((done, total))
+    )
+    assert reported == [(2, 5), (4, 5), (5, 5)]
+    for path in modes:
+        assert_close(parts[path].key_moment, whole[path].key_moment)
+        assert_close(parts[path].query_metric, whole[path].query_metric)
+
+
+def test_only_the_layers_asked_for_and_no_hook_stays(model, windows):
+    path, before = attention_paths(model)[1], hooks(model)
+    assert collect(model, family_of(model.config), windows, {path: "pre"}, 5).keys() == {path}
+    assert hooks(model) == before
+
+
+def test_activations_that_are_not_finite_name_the_layer(model, windows):
+    weight = model.get_submodule("model.layers.1.self_attn.v_proj").weight
+    kept, before = weight.data.clone(), hooks(model)
+    weight.data[0, 0] = float("nan")
+    try:
+        with pytest.raises(SvdError, match=r"model\.layers\.1\.self_attn: the value"):
+            collected(model, windows, "pre")
+        assert hooks(model) == before
+    finally:
+        weight.data = kept
+
+
+def test_no_windows_are_refused(model, windows):
+    with pytest.raises(SvdError, match="no tokens"):
+        collected(model, windows[:0], "pre")
+
+
+def scaled_model(rope_parameters):
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        head_dim=16,
+        max_position_embeddings=256,
+        rope_parameters=rope_parameters,
+    )
+    return LlamaForCausalLM(config)
+
+
+SCALINGS = [
+    {"rope_type": "default", "rope_theta": 100.0},
+    {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
+    {
+        "rope_type": "llama3",
+        "rope_theta": 100.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    {
+        "rope_type": "yarn",
+        "rope_theta": 100.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+]
+
+
+@pytest.mark.parametrize("parameters", SCALINGS, ids=lambda p: p["rope_type"])
+def test_score_error_before_rope_is_the_trace_formula(parameters):
+    """E over pairs and offsets of the squared error of (R_m q)^T (R_n k), m - n in the offsets."""
+    generator = torch.Generator().manual_seed(3)
+    rope = Rope.of(scaled_model(parameters))
+    # off-centre, so that the sign of the rotation matters
+    query, key = torch.randn(2, 40, 16, generator=generator).double() + torch.arange(16) / 4
+    projector = torch.randn(16, 16, generator=generator).double()
+    error = torch.eye(16).double() - projector
+    offsets, start = [0, 1, 2, 4, 8, 16, 32], 5
+    rotated_error = rope.rotate((key @ error.T)[:, None], torch.tensor([start]))[:, 0]
+    squares = []
+    for offset in offsets:
+        rotated_query = rope.rotate(query[:, None], torch.tensor([start + offset]))[:, 0]
+        squares.append((rotated_query @ rotated_error.T).square().mean())
+    measured = torch.stack(squares).mean()
+
+    query_moment, key_moment = query.T @ query / 40, key.T @ key / 40
+    metric = rope.read_metric(query_moment[None], 32)[0]
+    # an attention factor (yarn) multiplies query and key alike; the metric carries one of the two
+    factor = float(rope.module.attention_scaling) ** 2
+    predicted = factor * torch.trace(metric @ error @ key_moment @ error.T)
+    assert float(predicted) == pytest.approx(float(measured), rel=1e-5)
+
+    opposite = torch.zeros_like(metric)
+    for offset in offsets:
+        turned = rope.rotate(query[:, None], torch.tensor([-offset]))[:, 0]
+        opposite += turned.T @ turned / 40 / len(offsets)
+    wrong = factor * torch.trace(opposite @ error @ key_moment @ error.T)
+    assert float(wrong) != pytest.approx(float(measured), rel=1e-2)

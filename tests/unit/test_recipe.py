@@ -1,0 +1,138 @@
+"""Recipes from YAML and flags: what they mean, and every problem named at once."""
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from offline_compress.methods import Asvd, SvdLlm
+from offline_compress.recipe import FLAGS, CompressionRecipe, RecipeError, load
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_the_defaults_are_those_the_command_line_documents():
+    recipe = load()
+    assert recipe.weights.method == SvdLlm()
+    assert (recipe.weights.kept, recipe.kv.kept, recipe.kv.mode) == (0.8, 0.5, "pre")
+    assert (recipe.calibration.samples, recipe.calibration.seed) == (64, 0)
+
+
+def test_a_recipe_survives_its_yaml(write):
+    recipe = load(
+        write(
+            """
+            weights: {method: {name: asvd, alpha: 0.3}, kept: 0.6, rank_multiple: 8}
+            kv: {mode: post, kept: null, v_kept: 0.25, layers: {3: {mode: pre, k_rank: 16}}}
+            calibration: {text: corpus.txt, samples: 8, device: cpu}
+            """
+        )
+    )
+    assert recipe.kv.layers[3].k_rank == 16
+    assert CompressionRecipe.model_validate(yaml.safe_load(recipe.yaml())) == recipe
+    assert load(write(recipe.yaml())) == recipe
+
+
+def test_a_method_is_a_name_or_a_mapping(write):
+    assert load(write("weights: {method: asvd}")).weights.method == Asvd()
+    assert load(write("weights: {method: {name: asvd}}")).weights.method == Asvd()
+
+
+def test_empty_files_and_sections_mean_defaults(write):
+    assert load(write("")) == load(write("weights:\nkv:\n")) == CompressionRecipe()
+
+
+def test_flags_override_the_file_and_leave_the_rest(write):
+    path = write("weights: {kept: 0.6, rank_multiple: 4}\nkv: {kept: 0.25}")
+    recipe = load(path, {"--kept": 0.7, "--kv-mode": "post", "--seed": None})
+    assert (recipe.weights.kept, recipe.weights.rank_multiple) == (0.7, 4)
+    assert (recipe.kv.kept, recipe.kv.mode) == (0.25, "post")
+
+
+def test_the_method_flag_keeps_the_options_of_the_same_method_only(write):
+    path = write("weights: {method: {name: asvd, alpha: 0.3}}")
+    assert load(path, {"--method": "asvd"}).weights.method == Asvd(alpha=0.3)
+    assert load(path, {"--method": "svd_llm"}).weights.method == SvdLlm()
+
+
+def test_every_flag_sets_a_field_of_the_recipe():
+    for field in FLAGS.values():
+        section, name = field.split(".")
+        assert name in type(getattr(CompressionRecipe(), section)).model_fields
+
+
+def test_every_problem_is_named_with_its_path_flag_and_what_is_accepted(write):
+    path = write(
+        """
+        weights: {method: {name: asvd, alpha: 2, beta: 1}, rank: 3}
+        kv: {mode: mid, layers: {0: {rank: 3}}}
+        calibration: {samples: 0}
+        extra: {}
+        """
+    )
+    with pytest.raises(RecipeError) as caught:
+        load(path, {"--kept": 1.5})
+    assert str(caught.value).startswith(f"{path} is not a valid recipe")
+    assert sorted(problem.split(":")[0] for problem in caught.value.problems) == [
+        "calibration.samples",
+        "extra",
+        "kv.layers.0.rank",
+        "kv.mode",
+        "weights.kept (--kept)",
+        "weights.method.alpha",
+        "weights.method.beta",
+        "weights.rank",
+    ]
+    text = str(caught.value)
+    assert "1.5 was given; input should be less than or equal to 1" in text
+    assert "'mid' was given; input should be 'pre' or 'post'" in text
+    assert "kv.layers.0.rank: unknown; accepted here are mode, k_rank, v_rank" in text
+    assert "weights.method.beta: unknown; accepted here are name, alpha" in text
+    assert "extra: unknown; accepted here are weights, kv, calibration, evaluation" in text
+
+
+def test_an_unknown_method_lists_the_known_ones():
+    with pytest.raises(RecipeError, match=r"weights\.method .*'svd', 'asvd', 'svd_llm'"):
+        load(None, {"--method": "svd-llm"})
+
+
+@pytest.mark.parametrize("kept", [0, -0.1, 1.01, float("nan"), float("inf"), "half"])
+def test_a_share_outside_its_range_is_refused(kept):
+    for flag in ("--kept", "--kv-kept"):
+        with pytest.raises(RecipeError, match=f"{flag}"):
+            load(None, {flag: kept})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("weights: [", "not YAML"),
+        ("- weights", "holds a list"),
+        ("weights: 3", "weights"),
+        ("!!python/object/apply:os.getcwd []", "not YAML"),
+        ("kv: {layers: {first: {k_rank: 8}}}", "kv.layers.first"),
+    ],
+)
+def test_a_malformed_file_is_one_error(write, text, message):
+    with pytest.raises(RecipeError, match=message):
+        load(write(text))
+
+
+def test_a_missing_file_and_a_binary_file_are_errors(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read: No such file"):
+        load(tmp_path / "absent.yaml")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="not YAML"):
+        load(tmp_path / "binary")
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(ValidationError):
+        CompressionRecipe().weights.kept = 0.5

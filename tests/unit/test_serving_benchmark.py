@@ -1,0 +1,260 @@
+"""The serving benchmark on recorded output of real servers, and on real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from benchmarks.serving import checkpoint, load, metrics, prompts, report, server, table
+from benchmarks.serving.errors import BenchmarkError
+from benchmarks.serving.protocol import Protocol
+from benchmarks.serving.results import Comparison
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDED = Path(__file__).with_name("recorded")
+MODEL = ROOT / "examples" / "wiki-llama-s"
+TEXT = ROOT / "examples" / "wikitext-2" / "test.txt"
+
+
+@pytest.fixture
+def exposition() -> str:
+    return (RECORDED / "metrics.txt").read_text()
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    return Comparison.model_validate_json((RECORDED / "serving_report.json").read_text())
+
+
+def _protocol(**changed: object) -> Protocol:
+    given = json.loads((RECORDED / "serving_report.json").read_text())["protocol"]
+    return Protocol.model_validate(given | changed)
+
+
+# metrics
+
+
+def test_cache_config_agrees_with_itself(exposition: str) -> None:
+    cache = metrics.cache_config(exposition)
+    assert cache.size_tokens == cache.num_blocks * cache.block_size
+    assert cache.memory_bytes is not None
+    # The budget minus less than one block of the model's 3072 bytes per token.
+    exact = checkpoint.kv_bytes_per_token(MODEL)
+    assert cache.num_blocks == cache.memory_bytes // (cache.block_size * exact)
+    assert cache.bytes_per_token is not None
+    assert exact <= cache.bytes_per_token < exact * (1 + 1 / cache.num_blocks)
+
+
+def test_counters_sum_over_engines(exposition: str) -> None:
+    once = metrics.counters(exposition)
+    assert once.generation_tokens > 0
+    second = "\n".join(
+        line.replace('engine="0"', 'engine="1"')
+        for line in exposition.splitlines()
+        if not line.startswith("#")
+    )
+    twice = metrics.counters(f"{exposition}\n{second}\n")
+    assert twice - once == once
+    assert set((once - once).model_dump().values()) == {0}
+
+
+def test_missing_metrics_are_named(exposition: str) -> None:
+    rows = [row for row in exposition.splitlines() if "preemptions" not in row]
+    with pytest.raises(BenchmarkError, match="vllm:num_preemptions_total"):
+        metrics.counters("\n".join(rows) + "\n")
+    with pytest.raises(BenchmarkError, match="vllm:cache_config_info"):
+        metrics.cache_config("")
+
+
+# the report
+
+
+def test_report_is_complete_and_self_contained(comparison: Comparison, tmp_path: Path) -> None:
+    page = report.write(comparison, tmp_path).read_text()
+    for row in table.ROWS:
+        assert row.label in page
+        for measured in comparison.servers:
+            assert row.cell(measured, comparison.servers[0]) in page
+    assert page.count("data:image/png;base64,") == 3
+    assert "http://" not in page
+    assert "https://" not in page
+    for name in ("throughput.png", "latency.png", "kv_cache.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    written = Comparison.model_validate_json((tmp_path / report.JSON_FILE).read_text())
+    assert written == comparison
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_ratios_are_to_dense(comparison: Comparison) -> None:
+    dense, *compressed = comparison.servers
+    assert dense.name == "dense"
+    for row in table.ROWS:
+        assert not row.cell(dense, dense).endswith("x)")
+    kv = next(row for row in table.ROWS if row.label == "KV bytes per token")
+    for measured in compressed:
+        ratio = measured.stored_kv_bytes_per_token / dense.stored_kv_bytes_per_token
+        assert kv.cell(measured, dense).endswith(f"({ratio:.2f}x)")
+
+
+def test_spread_encloses_every_repeat(comparison: Comparison) -> None:
+    for measured in comparison.servers:
+        for field in load.Round.model_fields:
+            spread = measured.spread(field)
+            assert spread.low <= spread.median <= spread.high
+            assert {spread.low, spread.high} <= {getattr(r, field) for r in measured.rounds}
+
+
+def test_a_busy_machine_is_named(comparison: Comparison) -> None:
+    quiet = [server.model_copy(update={"background": 0.0}) for server in comparison.servers]
+    assert table.warning(comparison.model_copy(update={"servers": tuple(quiet)})) == ""
+    quiet[-1] = quiet[-1].model_copy(update={"background": table.NOISY + 0.2})
+    said = table.warning(comparison.model_copy(update={"servers": tuple(quiet)}))
+    assert quiet[-1].name in said
+    assert quiet[0].name not in said
+
+
+# checkpoints and prompts
+
+
+def test_kv_bytes_follow_the_projected_ranks(tmp_path: Path) -> None:
+    config = json.loads((MODEL / "config.json").read_text())
+    dense = checkpoint.kv_bytes_per_token(MODEL)
+    assert dense == 6 * 2 * (64 + 64) * 2
+    layer = {"mode": "pre", "num_kv_heads": 2, "head_dim": 64, "k_rank": 24, "v_rank": 40}
+    config["quantization_config"] = {"kv": {"model.layers.0.self_attn": layer}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert checkpoint.kv_bytes_per_token(tmp_path) == dense - 2 * (128 - 64) * 2
+
+
+def test_not_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match="is not a checkpoint"):
+        checkpoint.read_config(tmp_path)
+
+
+def test_prompts_are_distinct_passages_of_the_text(tmp_path: Path) -> None:
+    passages = prompts.cut(MODEL, TEXT, 40, 64)
+    text = TEXT.read_text()
+    assert all(passage in text for passage in passages)
+    assert len({passage[:40] for passage in passages}) == 40
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    for passage in passages:
+        assert abs(len(tokenizer.encode(passage, add_special_tokens=False).ids) - 64) <= 2
+    hands = list(prompts.deal(passages, 3))
+    assert sorted(passage for hand in hands for passage in hand) == sorted(passages)
+    prompts.write(hands[0], tmp_path / "prompts.json")
+    turns = json.loads((tmp_path / "prompts.json").read_text())
+    assert [turn["conversations"][0]["value"] for turn in turns] == hands[0]
+
+
+def test_a_text_too_short_is_refused(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("only a few words")
+    with pytest.raises(BenchmarkError, match="too few for 8 prompts of 16 tokens"):
+        prompts.cut(MODEL, short, 8, 16)
+
+
+def test_protocol_collects_every_problem() -> None:
+    _protocol().check()
+    with pytest.raises(BenchmarkError) as caught:
+        _protocol(input_len=1500, output_len=600).check()
+    assert "--max-model-len" in str(caught.value)
+    assert "--prompts random" in str(caught.value)
+    _protocol(input_len=1500, output_len=600, max_model_len=4096, prompts="random").check()
+
+
+# processes
+
+
+def _script(body: str) -> list[str]:
+    return [sys.executable, "-u", "-c", body]
+
+
+def test_a_server_that_exits_shows_why(tmp_path: Path) -> None:
+    body = "print('\\n'.join(f'line {i}' for i in range(99))); raise ValueError('no such rank')"
+    started = server.start(_script(body), server.free_port(), tmp_path / "server.log")
+    began = time.monotonic()
+    with pytest.raises(BenchmarkError) as caught:
+        server.wait_until_healthy(started, 60)
+    assert time.monotonic() - began < 30
+    said = str(caught.value)
+    assert "exited with status 1" in said
+    assert "ValueError: no such rank" in said
+    assert str(started.log) in said
+    assert "line 3\n" not in said
+
+
+def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    body = "print('still loading'); import time; time.sleep(600)"
+    started = server.start(_script(body), server.free_port(), tmp_path / "server.log")
+    try:
+        with pytest.raises(BenchmarkError, match="not healthy after 2 s") as caught:
+            server.wait_until_healthy(started, 2)
+        assert "still loading" in str(caught.value)
+    finally:
+        server.stop(started.process)
+    assert started.process.returncode == -signal.SIGTERM
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_stop_ends_its_own_group_and_nothing_else(tmp_path: Path) -> None:
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    parent = (
+        "import subprocess, sys, time; "
+        f"child = subprocess.Popen([sys.executable, '-c', {stubborn!r}]); "
+        "print(child.pid, flush=True); time.sleep(600)"
+    )
+    bystander = subprocess.Popen(_script("import time; time.sleep(600)"), start_new_session=True)
+    try:
+        log = tmp_path / "server.log"
+        started = server.start(_script(parent), server.free_port(), log)
+        deadline = time.monotonic() + 60
+        while not log.read_text().endswith("\n") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child = int(log.read_text())
+        assert os.getpgid(child) == started.process.pid != os.getpgid(0)
+        time.sleep(0.5)  # the child installs its signal handler
+        server.stop(started.process)
+        deadline = time.monotonic() + 10
+        while _alive(child) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not _alive(child)
+        assert started.process.returncode is not None
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_servers_ignore_what_overrides_their_kv_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    assert "VLLM_CPU_KVCACHE_SPACE" not in server.environment()
+    flags = _protocol(kv_bytes=12345, enforce_eager=False).server_flags()
+    assert flags[flags.index("--kv-cache-memory-bytes") + 1] == "12345"
+    assert "--enforce-eager" not in flags
+
+
+def test_a_failing_command_line_is_refused(tmp_path: Path) -> None:
+    arguments = ["--dense", MODEL, "--compressed", "dense=x", "--text", TEXT, "--out", tmp_path]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.serving", *map(str, arguments), "--kv-bytes", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "NAME=DIR" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr

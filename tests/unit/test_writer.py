@@ -1,0 +1,330 @@
+"""Compressed checkpoints: complete and exact, or absent."""
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from offline_compress import reference
+from offline_compress.checkpoint import OutputError, ensure_room, inspect, restore
+from offline_compress.checkpoint.shards import Pending, write_shards
+from offline_compress.evaluation import default_bos, perplexity, tokenize_file
+from offline_compress.methods import LowRankFactors
+from offline_compress.pipeline import compress, load_tokenizer
+from offline_compress.planning import plan
+from offline_compress.recipe import CompressionRecipe
+from offline_compress.staging import staged
+from offline_compress.weights import open_source
+from vllm_svd.errors import CheckpointFormatError
+from vllm_svd.format import verify
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def recipe_for(text, **weights):
+    return CompressionRecipe.model_validate(
+        {
+            "weights": {"kept": 0.6} | weights,
+            "calibration": {"text": str(text), "samples": 6, "context": 64, "device": "cpu"},
+            "evaluation": {"samples": 3},
+        }
+    )
+
+
+def tensors_of(directory):
+    found = {}
+    for shard in sorted(directory.glob("*.safetensors")):
+        found |= load_file(shard)
+    return found
+
+
+def bytes_of(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def compressed(family, tiny_checkpoint, short_text, tmp_path_factory):
+    """(source directory, compressed directory, what compress returned)."""
+    out = tmp_path_factory.mktemp("compressed") / "out"
+    measured = compress(recipe_for(short_text), str(tiny_checkpoint(family)), out)
+    return tiny_checkpoint(family), out, measured
+
+
+def test_it_verifies_and_holds_what_the_plan_promised(compressed, short_text):
+    source, out, _ = compressed
+    config = verify(out)
+    ranks = plan(recipe_for(short_text), open_source(str(source)))
+    assert {path: module.rank for path, module in config.modules.items()} == ranks.compressed
+    assert config.kv == ranks.projected
+    held = sum(tensor.nbytes for tensor in tensors_of(out).values())
+    assert held == ranks.totals.checkpoint_bytes
+    found = inspect(out)
+    assert found.plan == ranks
+    assert {path.name for path in out.parent.iterdir()} == {"out"}
+
+
+def test_what_is_not_compressed_is_copied_bit_for_bit(compressed):
+    source, out, _ = compressed
+    config, before, after = verify(out), tensors_of(source), tensors_of(out)
+    untouched = before.keys() - config.replaced()
+    assert after.keys() == untouched | config.tensors().keys()
+    assert all(torch.equal(before[name], after[name]) for name in untouched)
+    tied = json.loads((source / "config.json").read_text())["tie_word_embeddings"]
+    assert ("lm_head.weight" in after) == (not tied)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_the_config_is_the_original_and_the_contract(compressed):
+    source, out, _ = compressed
+    raw = json.loads((out / "config.json").read_text())
+    contract = raw.pop("quantization_config")
+    assert raw == json.loads((source / "config.json").read_text())
+    assert contract == verify(out).model_dump(mode="json")
+
+
+def test_the_stored_model_is_the_one_that_was_measured(compressed, short_text):
+    _, out, measured = compressed
+    tokenizer = load_tokenizer(out)
+    model = reference.load(out, "cpu", torch.float32)
+    held_out = tokenize_file(tokenizer, short_text)[-measured.held_out_tokens :]
+    found = perplexity(model, held_out, measured.context, 4, default_bos(tokenizer))
+    assert found.perplexity == pytest.approx(measured.perplexity, rel=1e-6)
+    assert measured.perplexity != measured.perplexity_dense
+    assert all(0 < error.held_out < 1 for error in measured.matrices.values())
+
+
+def test_the_card_and_the_measurements_agree(compressed):
+    _, out, measured = compressed
+    assert inspect(out).measured == measured
+    text = (out / "README.md").read_text()
+    for figure in (measured.perplexity, measured.perplexity_dense):
+        assert f"{figure:.3f}" in text
+    assert f"{inspect(out).plan.totals.checkpoint_bytes:,}" in text
+    assert str(out.parent) not in text
+
+
+def test_restore_multiplies_the_factors_back_to_the_bit(compressed, tmp_path):
+    _, out, _ = compressed
+    config, stored = verify(out), tensors_of(out)
+    assert restore(out, tmp_path / "dense") == len(config.kv) == 2
+    dense = tensors_of(tmp_path / "dense")
+    for path in config.modules:
+        weight = LowRankFactors(A=stored[f"{path}.A"], B=stored[f"{path}.B"]).dense()
+        assert torch.equal(dense.pop(f"{path}.weight"), weight.float())
+    assert dense.keys() == stored.keys() - config.tensors().keys()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in dense.items())
+    raw = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert "quantization_config" not in raw
+    assert not (tmp_path / "dense" / "manifest.json").exists()
+    _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys"))
+
+
+def test_half_precision_is_stored_and_restored_to_the_bit(tiny_checkpoint, short_text, tmp_path):
+    source = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(
+        tiny_checkpoint("qwen2"), dtype=torch.bfloat16
+    ).save_pretrained(source)
+    for path in open_source(str(tiny_checkpoint("qwen2"))).companions():
+        (source / path.name).write_bytes(path.read_bytes())
+    compress(recipe_for(short_text), str(source), tmp_path / "out")
+    restore(tmp_path / "out", tmp_path / "dense")
+    stored, dense = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "dense")
+    assert {tensor.dtype for tensor in (stored | dense).values()} == {torch.bfloat16}
+    for path in verify(tmp_path / "out").modules:
+        exact = stored[f"{path}.B"].double() @ stored[f"{path}.A"].double()
+        assert torch.equal(dense[f"{path}.weight"], exact.bfloat16())
+
+
+def test_the_same_recipe_gives_the_same_bytes(compressed, short_text, tmp_path):
+    source, out, _ = compressed
+    compress(recipe_for(short_text), str(source), tmp_path / "again")
+    assert bytes_of(tmp_path / "again") == bytes_of(out)
+
+
+@pytest.mark.parametrize("method", ["svd", "asvd"])
+def test_every_method_writes_a_checkpoint(tiny_checkpoint, short_text, tmp_path, method):
+    recipe = recipe_for(short_text, method=method)
+    compress(recipe, str(tiny_checkpoint("llama")), tmp_path / "out")
+    assert verify(tmp_path / "out").method == method
+
+
+def test_weights_may_stay_dense(tiny_checkpoint, short_text, tmp_path):
+    source = tiny_checkpoint("qwen3")
+    measured = compress(recipe_for(short_text, kept=1), str(source), tmp_path / "out")
+    config = verify(tmp_path / "out")
+    assert (config.method, config.modules, len(config.kv)) == ("dense", {}, 2)
+    assert measured.matrices == {}
+    assert tensors_of(source).keys() <= tensors_of(tmp_path / "out").keys()
+
+
+def test_shards_hold_every_tensor_once_within_their_size(tmp_path):
+    tensors = {f"t{index}": torch.full((16, 16), float(index)) for index in range(7)}
+    pending = {
+        name: Pending("F32", (16, 16), lambda tensor=tensor: tensor)
+        for name, tensor in tensors.items()
+    }
+    manifest = write_shards(tmp_path, pending, max_shard_bytes=2500)
+    assert list(manifest.shards) == [
+        f"model-{number:05d}-of-00004.safetensors" for number in (1, 2, 3, 4)
+    ]
+    assert all(
+        sum(tensor.nbytes for tensor in load_file(tmp_path / shard).values()) <= 2500
+        for shard in manifest.shards
+    )
+    found = tensors_of(tmp_path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 7 * 1024
+    assert index["weight_map"] == {n: record.shard for n, record in manifest.tensors.items()}
+
+
+def test_an_existing_output_is_refused_and_left_alone(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(OutputError, match="already exists"), staged(out, 0):
+        pytest.fail("the block ran")
+    with pytest.raises(OutputError, match="is not a directory"), staged(out / "a" / "b", 0):
+        pytest.fail("the block ran")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_too_little_space_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(OutputError, match=rf"needs {1 << 60:,} bytes and [\d,]+ are free"):
+        ensure_room(tmp_path / "out", 1 << 60)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_whatever_ends_the_block_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), staged(tmp_path / "out", 0) as directory:
+        (directory / "half").write_text("written")
+        assert not (tmp_path / "out").exists()
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_source_shard_found_while_writing_leaves_nothing(
+    tiny_checkpoint, short_text, tmp_path
+):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tiny_checkpoint("llama").iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+
+    def damage(stage, done, _total):
+        if (stage, done) == ("write", 0):
+            shard = source / "model.safetensors"
+            shard.write_bytes(shard.read_bytes()[:5000])
+
+    with pytest.raises(Exception, match="cannot be read"):
+        compress(recipe_for(short_text), str(source), tmp_path / "out", damage)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def script(body, *arguments):
+    """A process of its own, for signals and resource limits."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(body), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_failing_write_names_the_bytes_needed_and_leaves_nothing(
+    tiny_checkpoint, short_text, tmp_path
+):
+    # The limit makes the kernel refuse the write of the shard half-way, as a full disk does.
+    process = script(
+        """
+        import resource, sys
+        from offline_compress import cli
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        cli.main()
+        """,
+        *("run", tiny_checkpoint("llama"), tmp_path / "out", "--text", short_text),
+        *("--samples", "2", "--recipe", write_recipe(tmp_path)),
+    )
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 1, errors
+    assert "Traceback" not in errors
+    assert "cannot be written: it needs" in errors
+    assert "File too large" in errors
+    assert output == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
+
+
+def test_a_run_killed_while_it_writes_leaves_nothing(tiny_checkpoint, short_text, tmp_path):
+    process = script(
+        """
+        import sys, time
+        from pathlib import Path
+        from offline_compress import cli
+        from offline_compress.pipeline import compress
+        from offline_compress.recipe import load
+        def wait(stage, done, total):
+            if stage == "write":
+                print("writing", flush=True)
+                time.sleep(600)
+        cli.exit_on_signals()
+        recipe, model, out = sys.argv[1:]
+        compress(load(Path(recipe)), model, Path(out), wait)
+        """,
+        *(write_recipe(tmp_path, short_text), tiny_checkpoint("llama"), tmp_path / "out"),
+    )
+    assert process.stdout.readline() == "writing\n"
+    assert len(list(tmp_path.glob(".out.*.partial"))) == 1
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in errors
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
+
+
+def write_recipe(directory, text=None):
+    path = directory / "recipe.yaml"
+    path.write_text(recipe_for(text or "unset").yaml())
+    return path
+
+
+def test_a_changed_byte_is_found_by_inspect(compressed, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name, content in bytes_of(compressed[1]).items():
+        (copy / name).write_bytes(content)
+    shard = next(copy.glob("*.safetensors"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    for use in (inspect, lambda directory: restore(directory, tmp_path / "dense")):
+        with pytest.raises(CheckpointFormatError, match="SHA-256 differs"):
+            use(copy)
+    assert not (tmp_path / "dense").exists()
+
+
+def test_a_tensor_the_model_does_not_have_is_not_copied(tiny_checkpoint, short_text, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tiny_checkpoint("llama").iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    held = load_file(source / "model.safetensors")
+    # old exports carry these
+    held["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
+    save_file(held, source / "model.safetensors", metadata={"format": "pt"})
+    compress(recipe_for(short_text), str(source), tmp_path / "out")
+    names = tensors_of(tmp_path / "out").keys()
+    assert not any("inv_freq" in name or name == "lm_head.weight" for name in names)
