@@ -1,0 +1,1 @@
+"""Dense and compressed vLLM servers under the same load: HTTP and files only."""

@@ -1,0 +1,50 @@
+"""Prompts of one length cut from real text, no two with a common beginning."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from benchmarks.serving.errors import BenchmarkError
+
+
+def cut(model: Path, text: Path, count: int, length: int) -> list[str]:
+    """`count` passages of `length` tokens (special tokens come on top), spread over the text.
+
+    Every passage starts elsewhere, so that no repeat is answered from the prefix cache. Raises
+    BenchmarkError where the tokenizer cannot be read or the text is too short.
+    """
+    file = model / "tokenizer.json"
+    if not file.is_file():
+        raise BenchmarkError(
+            f"{model} has no tokenizer.json.\n"
+            "Remedy: save the tokenizer with tokenizer.save_pretrained of a fast tokenizer."
+        )
+    content = text.read_text()
+    encoding = Tokenizer.from_file(str(file)).encode(content, add_special_tokens=False)
+    spans = encoding.offsets
+    last = len(spans) - length
+    if last < count:
+        raise BenchmarkError(
+            f"{text} has {len(spans)} tokens, too few for {count} prompts of {length} tokens.\n"
+            "Remedy: a longer --text, or lower --requests, --repeats or --input-len."
+        )
+    starts = [index * last // count for index in range(count)]
+    return [content[spans[start][0] : spans[start + length - 1][1]] for start in starts]
+
+
+def deal(passages: list[str], repeats: int) -> Iterator[list[str]]:
+    """The passages in `repeats` equal hands, each drawn from the whole text."""
+    for repeat in range(repeats):
+        yield passages[repeat::repeats]
+
+
+def write(passages: list[str], path: Path) -> None:
+    """Write the ShareGPT file that `vllm bench serve` reads."""
+    turns = [
+        {"conversations": [{"from": "human", "value": passage}, {"from": "gpt", "value": "."}]}
+        for passage in passages
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(turns, ensure_ascii=False))
