@@ -41,6 +41,9 @@ _FAMILIES = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, False),
 }
 
+# vLLM's Qwen2 derives the head size from the hidden size.
+_DEVIATIONS = {"qwen2": {"hidden_size": 128}}
+
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
@@ -53,9 +56,10 @@ def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
     def make(family: str) -> Path:
         if family not in made:
             model_class, config_class, tied = _FAMILIES[family]
+            shape = _SHAPE | _DEVIATIONS.get(family, {})
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                model = model_class(config_class(**_SHAPE, tie_word_embeddings=tied))
+                model = model_class(config_class(**shape, tie_word_embeddings=tied))
             directory = tmp_path_factory.mktemp("checkpoints") / f"tiny-{family}"
             model.float().save_pretrained(directory)
             for name in ("tokenizer.json", "tokenizer_config.json"):

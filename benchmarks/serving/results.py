@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict
 
+from benchmarks.machine import Machine
 from benchmarks.serving.load import Round
-from benchmarks.serving.machine import Machine
 from benchmarks.serving.metrics import CacheConfig, Counters
 from benchmarks.serving.protocol import Protocol
 

@@ -4,8 +4,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from benchmarks.machine import busy, machine
 from benchmarks.serving import checkpoint, load, metrics, prompts, results
-from benchmarks.serving.machine import busy, machine
 from benchmarks.serving.progress import step
 from benchmarks.serving.protocol import Protocol
 from benchmarks.serving.results import Comparison, Measured, Quality

@@ -4,67 +4,21 @@ All engines run in fp32 in one worker process; every test reads its results.
 """
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from conftest import HEAD_DIM, KV_HEADS, LAYERS, MIXED_RANKS, run_engines
-
-from offline_compress import reference
+from engine_cases import (
+    HEAD_DIM,
+    KV_HEADS,
+    LAYERS,
+    MIXED,
+    MIXED_RANKS,
+    NAMES,
+    deviations,
+    of,
+    tokens,
+)
 
 pytestmark = pytest.mark.engine
-
-MAX_TOKENS = 24
-NAMES = ["weights_full", "pre_full", "post_full", "pre_half", "post_half"]
-MIXED = ["pre_mixed", "post_mixed"]
-
-
-@pytest.fixture(scope="session")
-def engines(dense: Path, compressed: Any, prompts: Any, tmp_path_factory: Any) -> dict[str, Any]:
-    def case(model: Path, rounds: int = 2, **engine: Any) -> dict[str, Any]:
-        return {
-            "model": str(model),
-            "prompts": prompts,
-            "max_tokens": MAX_TOKENS,
-            "rounds": rounds,
-            "engine": engine,
-        }
-
-    cases = {"dense": case(dense)}
-    cases |= {name: case(compressed(name)) for name in NAMES + MIXED}
-    for name in MIXED:
-        model = compressed(name)
-        cases[f"{name}_chunked"] = case(model, max_num_batched_tokens=64, max_num_seqs=64)
-        cases[f"{name}_full_pool"] = case(model, num_gpu_blocks_override=7, block_size=128)
-        cases[f"{name}_compiled"] = case(model, enforce_eager=False)
-        cases[f"{name}_bf16"] = case(model, dtype="bfloat16")
-    cases["dense_bf16"] = case(dense, dtype="bfloat16")
-    return run_engines(tmp_path_factory.mktemp("engines"), cases)
-
-
-def of(engines: dict[str, Any], name: str) -> dict[str, Any]:
-    result = engines[name]
-    assert "error" not in result, result["error"]
-    return dict(result)
-
-
-def tokens(result: dict[str, Any], number: int = 0) -> list[list[int]]:
-    return [request["tokens"] for request in result["rounds"][number]]
-
-
-@torch.inference_mode()
-def deviations(result: dict[str, Any], model: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """vLLM's log-probabilities of prompt and generated tokens minus those of transformers."""
-    network = reference.load(model, "cpu", torch.float32)
-    found = []
-    for prompt, request in zip(prompts, result["rounds"][0], strict=True):
-        ids = torch.tensor(prompt + request["tokens"])
-        logprobs = network(ids[None]).logits[0, :-1].double().log_softmax(-1)
-        expected = logprobs.gather(1, ids[1:, None])[:, 0]
-        served = torch.tensor(request["prompt_logprobs"] + request["logprobs"]).double()
-        found.append(served - expected)
-    return torch.cat(found)
 
 
 @pytest.mark.parametrize("name", ["weights_full", "pre_full", "post_full"])

@@ -1,0 +1,1 @@
+"""Quality of compression methods, in plain transformers."""

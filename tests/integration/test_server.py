@@ -1,0 +1,83 @@
+"""The unchanged OpenAI server: `--model DIR` and no flag of ours."""
+
+import json
+import shutil
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_cases import HEAD_DIM, of
+from transformers import AutoTokenizer
+
+from benchmarks.serving import metrics
+from benchmarks.serving.errors import BenchmarkError
+from benchmarks.serving.server import serve
+
+pytestmark = pytest.mark.engine
+
+BUDGET = 8 << 20
+FLAGS = [
+    "--dtype=float32",
+    "--enforce-eager",
+    "--max-model-len=512",
+    f"--kv-cache-memory-bytes={BUDGET}",
+    "--gpu-memory-utilization=0.3",
+]
+
+
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(
+        url, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return dict(json.load(answer))
+
+
+def test_completions_and_metrics(compressed, engines, prompts, tmp_path):
+    model: Path = compressed("pre_half")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with serve(model, FLAGS, tmp_path / "server.log", timeout=300) as server:
+        body = {"model": str(model), "prompt": prompts[3], "max_tokens": 24, "temperature": 0}
+        answer = post(f"{server.base_url}/v1/completions", body | {"ignore_eos": True})
+        cache = metrics.cache_config(metrics.read(server.base_url))
+    expected = of(engines, "pre_half")["rounds"][0][3]["tokens"]
+    assert answer["choices"][0]["text"] == tokenizer.decode(expected)
+    per_token = 6 * 2 * HEAD_DIM * 4  # 6 layers, 2 KV heads, half of K and V, fp32
+    assert cache.size_tokens == BUDGET // (per_token * cache.block_size) * cache.block_size
+
+
+@pytest.mark.parametrize("damage", ["bit flip", "truncation", "missing tensor", "format version"])
+def test_a_damaged_checkpoint_is_refused_by_name(compressed, tmp_path, damage):
+    broken = tmp_path / "broken"
+    shutil.copytree(compressed("pre_half"), broken)
+    shard = next(broken.glob("*.safetensors"))
+    if damage == "bit flip":
+        with shard.open("r+b") as file:
+            file.seek(-1000, 2)
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 1]))
+    elif damage == "truncation":
+        shard.write_bytes(shard.read_bytes()[:-1000])
+    elif damage == "missing tensor":
+        manifest = json.loads((broken / "manifest.json").read_text())
+        del manifest["tensors"]["model.layers.0.self_attn.attn.k_up"]
+        (broken / "manifest.json").write_text(json.dumps(manifest))
+    else:
+        config = json.loads((broken / "config.json").read_text())
+        config["quantization_config"]["format_version"] = 99
+        (broken / "config.json").write_text(json.dumps(config))
+    with (
+        pytest.raises(BenchmarkError) as refused,
+        serve(broken, FLAGS, tmp_path / "server.log", timeout=300),
+    ):
+        pass
+    message = str(refused.value)
+    named = {
+        "bit flip": "contents changed",
+        "truncation": "bytes long where its header promises",
+        "missing tensor": "model.layers.0.self_attn.attn.k_up: promised by config.json",
+        "format version": "format_version is 99",
+    }
+    assert named[damage] in message and "Remedy" in message
