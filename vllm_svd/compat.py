@@ -19,6 +19,10 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import _encode_layer_name as encode_layer_name
 from vllm.v1.attention.backend import (
@@ -53,8 +57,10 @@ __all__ = [
     "QuantizationConfig",
     "QuantizeMethodBase",
     "RotaryEmbedding",
+    "UnquantizedEmbeddingMethod",
     "UnquantizedLinearMethod",
     "VllmConfig",
+    "VocabParallelEmbedding",
     "encode_layer_name",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",

@@ -1,9 +1,5 @@
 """The attention backend of latent caches, as vLLM's registry and runners see it."""
 
-from typing import ClassVar
-
-import torch
-
 from vllm_svd.attention.implementation import LatentImpl
 from vllm_svd.attention.metadata import LatentMetadataBuilder
 from vllm_svd.compat import AttentionBackend, KVCacheSpec, MultipleOf
@@ -15,12 +11,6 @@ class LatentBackend(AttentionBackend):
     """Cache [blocks, KV heads, block size, k_rank + v_rank], K first, in any physical layout."""
 
     forward_includes_kv_cache_update: bool = False
-    supported_dtypes: ClassVar[list[torch.dtype]] = [
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-    ]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
 
     @staticmethod
     def get_name() -> str:
@@ -31,10 +21,6 @@ class LatentBackend(AttentionBackend):
         kv_cache_spec: KVCacheSpec | None = None,  # noqa: ARG004
     ) -> list[int | MultipleOf]:
         return [MultipleOf(16)]
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        return True
 
     @staticmethod
     def get_impl_cls() -> type[LatentImpl]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from vllm_svd.attention.metadata import LatentMetadata
-from vllm_svd.compat import AttentionImpl, AttentionType, RotaryEmbedding
+from vllm_svd.compat import AttentionImpl, RotaryEmbedding
 from vllm_svd.format import KVProjection
 from vllm_svd.kernels import latent_attention, latent_store
 from vllm_svd.kernels.paged_batch import Rope
@@ -28,11 +28,8 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads
-        self.num_queries_per_kv = num_heads // num_kv_heads
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
-        self.attn_type = AttentionType.DECODER
-        self.kv_sharing_target_layer_name = None
         self.projection = projection
         self.rotary: RotaryEmbedding | None = None
 

@@ -21,9 +21,8 @@ from vllm_svd.compat import (
 from vllm_svd.errors import UnsupportedModelError
 from vllm_svd.format import KVProjection
 
-# Backends whose implementation takes any head size it lists, given by position as Attention does.
+# Backends that serve any head size they list when constructed as Attention constructs them.
 NATIVE_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
-CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 CUDA_RANK_MULTIPLE = 8
 
 
@@ -49,8 +48,8 @@ class LatentAttention(Attention):
         """
         heads, head_size = self.num_kv_heads, self.head_size
         queries = query.view(-1, heads, self.num_heads // heads, head_size)
-        k_latent = torch.einsum("thd,hrd->thr", key.view(-1, heads, head_size), self.k_down)
-        v_latent = torch.einsum("thd,hrd->thr", value.view(-1, heads, head_size), self.v_down)
+        k_latent = latents(key.view(-1, heads, head_size), self.k_down)
+        v_latent = latents(value.view(-1, heads, head_size), self.v_down)
         if self.projection.mode == "post":
             queries = torch.einsum("thgd,hdr->thgr", queries, self.k_up)
         queries = queries.reshape(-1, self.num_heads, queries.shape[-1])
@@ -77,6 +76,14 @@ class LatentAttention(Attention):
             head_size=self.projection.k_rank,
             head_size_v=self.projection.v_rank,
         )
+
+
+def latents(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """x [tokens, heads, d] in the rows of down [heads, rank, d], as [tokens, heads, rank].
+
+    Contiguous: vLLM's CUDA kernels that store keys assume so of heads within a token.
+    """
+    return torch.einsum("thd,hrd->thr", x, down).contiguous()
 
 
 def make_latent(layer: Attention, projection: KVProjection) -> None:
@@ -129,7 +136,7 @@ def _native_head_size(layer: Attention, projection: KVProjection) -> bool:
 def _refuse_unsupported(layer: Attention) -> None:
     impl = layer.impl
     refusals = {
-        f"KV cache dtype {layer.kv_cache_dtype}": layer.kv_cache_dtype not in CACHE_DTYPES,
+        f"KV cache dtype {layer.kv_cache_dtype}": layer.kv_cache_torch_dtype != layer.dtype,
         f"attention of type {layer.attn_type}": layer.attn_type != AttentionType.DECODER,
         "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
         "attention sinks": getattr(impl, "sinks", None) is not None,
@@ -140,7 +147,7 @@ def _refuse_unsupported(layer: Attention) -> None:
     if found:
         raise UnsupportedModelError(
             f"{layer.layer_name}: K/V projections do not work with {' and '.join(found)}",
-            f"decoder attention with RoPE; --kv-cache-dtype one of {', '.join(CACHE_DTYPES)}",
+            "decoder attention with RoPE, cached in the model's dtype (--kv-cache-dtype auto)",
             "drop the flag, or compress the model without K/V projections (kv.kept: null)",
         )
 
@@ -151,6 +158,6 @@ def _refuse_ranks(layer: Attention, projection: KVProjection) -> None:
     if not on_cpu and any(rank % CUDA_RANK_MULTIPLE for rank in ranks):
         raise UnsupportedModelError(
             f"{layer.layer_name}: ranks {ranks} are not served on this device",
-            f"multiples of {CUDA_RANK_MULTIPLE} (aligned loads); any rank on a CPU",
+            f"multiples of {CUDA_RANK_MULTIPLE}, for aligned loads; any rank on a CPU",
             f"compress the model again with kv.rank_multiple: {CUDA_RANK_MULTIPLE} in the recipe",
         )

@@ -1,6 +1,6 @@
 """What one scheduler step tells the kernels."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -9,7 +9,10 @@ from vllm_svd.compat import (
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
+    KVCacheSpec,
+    VllmConfig,
 )
+from vllm_svd.errors import UnsupportedModelError
 from vllm_svd.kernels.paged_batch import PagedBatch
 
 
@@ -25,12 +28,12 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
 
     def __init__(
         self,
-        kv_cache_spec: Any,
+        kv_cache_spec: KVCacheSpec,
         layer_names: list[str],
-        vllm_config: Any,
+        vllm_config: VllmConfig,
         device: torch.device,
     ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # abstract there
 
     def build(
         self,
@@ -38,6 +41,12 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,  # noqa: ARG002
     ) -> LatentMetadata:
+        if common_attn_metadata.causal is not True:
+            raise UnsupportedModelError(
+                "this step asks for attention that is not causal",
+                "causal attention",
+                "serve the model without K/V projections (kv.kept: null in the recipe)",
+            )
         return LatentMetadata(
             query_start_loc=common_attn_metadata.query_start_loc,
             seq_lens=common_attn_metadata.seq_lens,

@@ -46,7 +46,7 @@ class SvdCheckpointConfig(BaseModel):
 def parse(raw: Mapping[str, Any], where: str) -> SvdCheckpointConfig:
     """Validate a `quantization_config`; raises CheckpointFormatError with every problem."""
     version = raw.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointFormatError(
             where,
             [f"format_version is {version!r}; this release reads {FORMAT_VERSION}"],
@@ -64,15 +64,18 @@ def parse(raw: Mapping[str, Any], where: str) -> SvdCheckpointConfig:
         ) from None
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of a checkpoint; raises CheckpointFormatError if absent or malformed."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises CheckpointFormatError if absent or malformed."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise TypeError(f"it holds a {type(value).__name__}, not an object")
+    except (OSError, UnicodeDecodeError, ValueError, TypeError, RecursionError) as error:
         problem = f"{path.name} cannot be read: {error}"
         raise CheckpointFormatError(
             str(path.parent), [problem], "point at the directory offline-compress wrote"
         ) from None
+    return value
 
 
 def read(directory: Path) -> SvdCheckpointConfig:

@@ -1,19 +1,51 @@
 """manifest.json: every tensor and shard of a checkpoint, so that damage is found before loading."""
 
 import hashlib
-import json
+import math
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+)
 
 from vllm_svd.errors import CheckpointFormatError
 from vllm_svd.format.config import read_json
 
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "model.safetensors.index.json"
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _HEADER_LIMIT = 100 << 20
+
+# Never a path: what is verified is what a loader finds in the directory.
+ShardName = Annotated[str, Field(pattern=r"^model-\d{5}-of-\d{5}\.safetensors$")]
+
+
+class TensorEntry(BaseModel):
+    """One tensor in the header of a safetensors file; offsets count from the end of the header."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    dtype: str
+    shape: Annotated[tuple[NonNegativeInt, ...], Strict(False)]
+    data_offsets: Annotated[tuple[NonNegativeInt, NonNegativeInt], Strict(False)]
+
+    @property
+    def bytes(self) -> int:
+        """What its shape and dtype take; what its offsets say for a dtype the format refuses."""
+        begin, end = self.data_offsets
+        item = DTYPE_BYTES.get(self.dtype)
+        return end - begin if item is None else math.prod(self.shape) * item
+
+
+_HEADER = TypeAdapter(dict[str, TensorEntry | dict[str, str]])
 
 
 class TensorRecord(BaseModel):
@@ -23,7 +55,7 @@ class TensorRecord(BaseModel):
 
     dtype: str
     shape: tuple[int, ...]
-    shard: str
+    shard: ShardName
 
 
 class ShardRecord(BaseModel):
@@ -41,7 +73,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tensors: dict[str, TensorRecord]
-    shards: dict[str, ShardRecord]
+    shards: dict[ShardName, ShardRecord]
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -65,7 +97,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
     """Tensor entries of a safetensors file; raises ValueError that says how it is damaged."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -76,11 +108,16 @@ def read_header(path: Path) -> dict[str, Any]:
         if length > min(size - 8, _HEADER_LIMIT):
             raise ValueError(f"its header claims {length} bytes of a {size}-byte file")
         try:
-            header = json.loads(file.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError):
+            header = _HEADER.validate_json(file.read(length))
+        except (ValidationError, RecursionError):
             raise ValueError("its header is not valid safetensors JSON") from None
+    header.pop("__metadata__", None)
+    entries = {name: entry for name, entry in header.items() if isinstance(entry, TensorEntry)}
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        if entry.data_offsets != (end, end + entry.bytes):
+            raise ValueError(f"{name} lies at {list(entry.data_offsets)}, {end} was expected")
+        end += entry.bytes
     expected = 8 + length + end
     if size != expected:
         raise ValueError(f"{size} bytes long where its header promises {expected}")

@@ -1,11 +1,22 @@
 """Check a checkpoint directory against its own config and manifest before any tensor is read."""
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vllm_svd.errors import CheckpointFormatError
 from vllm_svd.format.config import SvdCheckpointConfig, read, read_json
-from vllm_svd.format.manifest import INDEX_FILE, Manifest, read_header, read_manifest, sha256
+from vllm_svd.format.manifest import (
+    DTYPE_BYTES,
+    INDEX_FILE,
+    Manifest,
+    TensorEntry,
+    read_header,
+    read_manifest,
+    sha256,
+)
+
+_ADDED = (".A", ".B", ".attn.k_down", ".attn.k_up", ".attn.v_down", ".attn.v_up")
 
 
 def verify(directory: Path, *, contents: bool = True) -> SvdCheckpointConfig:
@@ -18,11 +29,13 @@ def verify(directory: Path, *, contents: bool = True) -> SvdCheckpointConfig:
     problems = [
         *_config_against_manifest(config, manifest),
         *_index_against_manifest(directory, manifest),
+        *_files_against_manifest(directory, manifest),
     ]
-    damaged = _shards_against_manifest(directory, manifest)
-    problems += damaged
-    if contents and not damaged:
-        problems += _contents_against_manifest(directory, manifest)
+    headers, damaged = _headers(directory, manifest)
+    problems += [f"{shard}: damaged, {how}" for shard, how in damaged.items()]
+    problems += _headers_against_manifest(headers, manifest)
+    if contents:
+        problems += _contents_against_manifest(directory, manifest, list(headers))
     if problems:
         raise CheckpointFormatError(
             str(directory), problems, "copy the checkpoint again, or compress the model again"
@@ -43,11 +56,11 @@ def _config_against_manifest(config: SvdCheckpointConfig, manifest: Manifest) ->
     for name in sorted(config.replaced() & dense.keys()):
         problems.append(f"{name}: a dense weight beside the factors that replace it")
     for name in sorted(dense):
-        if name.endswith((".A", ".B")) or ".attn." in name:
+        if name.endswith(_ADDED):
             problems.append(f"{name}: not named by config.json")
     dtypes = {record.dtype for record in manifest.tensors.values()}
-    if odd := sorted(dtypes - {"BF16", "F16", "F32"}):
-        problems.append(f"dtypes {odd} are not accepted; accepted are BF16, F16, F32")
+    if odd := sorted(dtypes - DTYPE_BYTES.keys()):
+        problems.append(f"dtypes {odd} are not accepted; accepted are {', '.join(DTYPE_BYTES)}")
     return problems
 
 
@@ -58,45 +71,62 @@ def _index_against_manifest(directory: Path, manifest: Manifest) -> list[str]:
     return []
 
 
-def _shards_against_manifest(directory: Path, manifest: Manifest) -> list[str]:
-    problems = []
-    for extra in sorted(
-        {path.name for path in directory.glob("*.safetensors")} - manifest.shards.keys()
-    ):
-        problems.append(f"{extra}: a shard the manifest does not name")
-    found: dict[str, str] = {}
-    for shard in manifest.shards:
+def _files_against_manifest(directory: Path, manifest: Manifest) -> list[str]:
+    found = {path.name for path in directory.glob("*.safetensors")}
+    return [
+        *(f"{shard}: missing" for shard in sorted(manifest.shards.keys() - found)),
+        *(
+            f"{name}: the manifest names no such shard"
+            for name in sorted(found - manifest.shards.keys())
+        ),
+    ]
+
+
+def _headers(
+    directory: Path, manifest: Manifest
+) -> tuple[dict[str, dict[str, TensorEntry]], dict[str, str]]:
+    """Headers of the intact shards, and what is wrong with the damaged ones."""
+    headers, damaged = {}, {}
+    for shard, record in manifest.shards.items():
         path = directory / shard
         if not path.is_file():
-            problems.append(f"{shard}: missing")
             continue
         try:
-            entries = read_header(path)
+            headers[shard] = read_header(path)
         except ValueError as error:
-            problems.append(f"{shard}: damaged, {error}")
-            continue
-        for name, entry in entries.items():
-            found[name] = shard
-            record = manifest.tensors.get(name)
-            if record is None or record.shard != shard:
-                problems.append(f"{name}: in {shard}, where the manifest has no such tensor")
-            elif entry.get("shape") != list(record.shape) or entry.get("dtype") != record.dtype:
+            damaged[shard] = str(error)
+        else:
+            if (size := path.stat().st_size) != record.bytes:
+                damaged[shard] = f"{size} bytes long where the manifest says {record.bytes}"
+    return headers, damaged
+
+
+def _headers_against_manifest(
+    headers: Mapping[str, Mapping[str, TensorEntry]], manifest: Manifest
+) -> list[str]:
+    problems = []
+    for shard, entries in headers.items():
+        expected = {name for name, record in manifest.tensors.items() if record.shard == shard}
+        problems += [f"{name}: missing from {shard}" for name in sorted(expected - entries.keys())]
+        problems += [
+            f"{name}: in {shard}, where the manifest has no such tensor"
+            for name in sorted(entries.keys() - expected)
+        ]
+        for name in sorted(expected & entries.keys()):
+            record, entry = manifest.tensors[name], entries[name]
+            if (entry.dtype, entry.shape) != (record.dtype, record.shape):
                 problems.append(
-                    f"{name}: {entry.get('dtype')} {entry.get('shape')} in {shard}, "
+                    f"{name}: {entry.dtype} {list(entry.shape)} in {shard}, "
                     f"the manifest says {record.dtype} {list(record.shape)}"
                 )
-    damaged = {problem.partition(":")[0] for problem in problems}
-    for name, record in manifest.tensors.items():
-        if name not in found and record.shard not in damaged:
-            problems.append(f"{name}: missing from {record.shard}")
     return problems
 
 
-def _contents_against_manifest(directory: Path, manifest: Manifest) -> list[str]:
+def _contents_against_manifest(directory: Path, manifest: Manifest, intact: list[str]) -> list[str]:
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda shard: sha256(directory / shard), manifest.shards)
+        digests = pool.map(lambda shard: sha256(directory / shard), intact)
         return [
             f"{shard}: its contents changed after it was written (SHA-256 differs)"
-            for (shard, record), digest in zip(manifest.shards.items(), digests, strict=True)
-            if digest != record.sha256
+            for shard, digest in zip(intact, digests, strict=True)
+            if digest != manifest.shards[shard].sha256
         ]

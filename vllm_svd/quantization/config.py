@@ -11,25 +11,33 @@ from vllm_svd.compat import (
     LinearBase,
     QuantizationConfig,
     QuantizeMethodBase,
-    UnquantizedLinearMethod,
+    VocabParallelEmbedding,
     get_tensor_model_parallel_world_size,
     init_logger,
 )
-from vllm_svd.errors import UnsupportedModelError
+from vllm_svd.errors import SvdError, UnsupportedModelError
 from vllm_svd.format import QUANT_METHOD, SvdCheckpointConfig, parse, verify
+from vllm_svd.quantization.completeness import CheckedEmbeddingMethod, CheckedLinearMethod
 from vllm_svd.quantization.latent_kv import LatentKVMethod
 from vllm_svd.quantization.low_rank import LowRankLinearMethod
 
 logger = init_logger("vllm.svd")
 
 VERIFY_VARIABLE = "VLLM_SVD_VERIFY"
+VERIFY_DEPTHS = ("contents", "headers", "none")
 
 
 class SvdConfig(QuantizationConfig):
     """One instance per engine, made from config.json's `quantization_config`."""
 
-    def __init__(self, checkpoint: SvdCheckpointConfig) -> None:
+    def __init__(self, checkpoint: SvdCheckpointConfig | None = None) -> None:
         super().__init__()
+        if checkpoint is None:  # --quantization svd on a checkpoint without a config of ours
+            raise UnsupportedModelError(
+                "--quantization svd was given for a checkpoint that is not compressed",
+                "directories that offline-compress wrote; vLLM recognises them by itself",
+                "drop --quantization, or compress the model first",
+            )
         self.modules = dict(checkpoint.modules)
         self.kv = dict(checkpoint.kv)
 
@@ -41,7 +49,7 @@ class SvdConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        return 75
+        return 80
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -60,13 +68,21 @@ class SvdConfig(QuantizationConfig):
     ) -> None:
         """Verify a local checkpoint before any tensor is read.
 
-        VLLM_SVD_VERIFY=headers skips the SHA-256 of the shards (one read of the whole file).
+        VLLM_SVD_VERIFY=headers leaves out the SHA-256 of the shards (one read of the whole file),
+        none leaves out everything. Raises CheckpointFormatError with every problem.
         """
+        depth = os.environ.get(VERIFY_VARIABLE, "contents")
+        if depth not in VERIFY_DEPTHS:
+            raise SvdError(
+                f"{VERIFY_VARIABLE} is {depth!r}; accepted are {', '.join(VERIFY_DEPTHS)}\n"
+                f"Remedy: unset {VERIFY_VARIABLE}"
+            )
         directory = Path(model_name)
-        if directory.is_dir():
-            contents = os.environ.get(VERIFY_VARIABLE, "contents") != "headers"
-            verify(directory, contents=contents)
-            logger.info("Verified %s (%s).", directory, "contents" if contents else "headers")
+        if depth == "none" or not directory.is_dir():
+            logger.warning("%s is not verified before loading.", model_name)
+            return
+        verify(directory, contents=depth == "contents")
+        logger.info("Verified the %s of %s.", depth, directory)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
@@ -80,7 +96,9 @@ class SvdConfig(QuantizationConfig):
             shards = [self.modules.get(f"{parent}.{name}") for name in names]
             if any(shards):
                 return LowRankLinearMethod(shards)
-            return UnquantizedLinearMethod()
+            return CheckedLinearMethod()
+        if isinstance(layer, VocabParallelEmbedding):
+            return CheckedEmbeddingMethod()
         if isinstance(layer, Attention):
             projection = self.kv.get(prefix.removesuffix(".attn"))
             if projection is not None:

@@ -4,13 +4,13 @@ vLLM calls create_weights() as the last step of Attention.__init__ with the laye
 is where the layer becomes a LatentAttention; nothing of vLLM itself is replaced.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vllm_svd.attention.implementation import LatentImpl
-from vllm_svd.attention.layer import make_latent
+from vllm_svd.attention.layer import LatentAttention, make_latent
 from vllm_svd.compat import (
     BaseKVCacheMethod,
     get_tensor_model_parallel_rank,
@@ -19,6 +19,7 @@ from vllm_svd.compat import (
 )
 from vllm_svd.errors import CheckpointFormatError, UnsupportedModelError
 from vllm_svd.format import KVProjection
+from vllm_svd.quantization.completeness import check_filled, unfilled
 
 BASES = ("k_down", "k_up", "v_down", "v_up")
 
@@ -32,6 +33,8 @@ class LatentKVMethod(BaseKVCacheMethod):
 
     def create_weights(self, layer: Any) -> None:
         """Register this rank's bases and reduce the layer's cache; raises UnsupportedModelError."""
+        if isinstance(layer, LatentAttention):
+            return  # vLLM calls again when weights are reloaded; the bases keep their loaders
         projection = self.projection
         tp_size = get_tensor_model_parallel_world_size()
         local_heads = max(1, projection.num_kv_heads // tp_size)
@@ -47,25 +50,15 @@ class LatentKVMethod(BaseKVCacheMethod):
         # Heads are replicated when there are more ranks than heads.
         first_head = get_tensor_model_parallel_rank() * projection.num_kv_heads // tp_size
         heads = slice(first_head, first_head + local_heads)
-        layer.svd_loaded = set()
         for tensor, shape in projection.tensors("").items():
-            name = tensor.rpartition(".")[2]
-            basis = torch.nn.Parameter(
-                torch.empty(local_heads, *shape[1:], dtype=torch.get_default_dtype()),
-                requires_grad=False,
-            )
-            layer.register_parameter(name, basis)
-            set_weight_attrs(basis, {"weight_loader": partial(_load, layer, name, heads)})
+            basis = unfilled(local_heads, *shape[1:], dtype=torch.get_default_dtype())
+            layer.register_parameter(tensor.rpartition(".")[2], basis)
+            set_weight_attrs(basis, {"weight_loader": _loader(layer, heads)})
         make_latent(layer, projection)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raises if a basis never came, or if no rotary module was bound in mode `pre`."""
-        if missing := [name for name in BASES if name not in layer.svd_loaded]:
-            raise CheckpointFormatError(
-                layer.layer_name,
-                [f"{name} is missing" for name in missing],
-                "the checkpoint is incomplete; copy it again or compress the model again",
-            )
+        check_filled(layer.layer_name, {name: getattr(layer, name) for name in BASES})
         if isinstance(layer.impl, LatentImpl) and layer.impl.needs_rotary:
             raise UnsupportedModelError(
                 f"{layer.layer_name}: the model's rotary embedding was not found beside it",
@@ -74,20 +67,17 @@ class LatentKVMethod(BaseKVCacheMethod):
             )
 
 
-def _load(
-    layer: Any,
-    name: str,
-    heads: slice,
-    parameter: torch.nn.Parameter,
-    tensor: torch.Tensor,
-) -> None:
-    """Copy this rank's heads of a basis [KV heads, ...]."""
-    local = tensor[heads]
-    if local.shape != parameter.shape:
-        raise CheckpointFormatError(
-            layer.layer_name,
-            [f"{name} is {list(tensor.shape)}; this rank needs {list(parameter.shape)} of it"],
-            "compress the model again",
-        )
-    parameter.data.copy_(local)
-    layer.svd_loaded.add(name)
+def _loader(layer: Any, heads: slice) -> Callable[..., None]:
+    """Copies this rank's heads of a basis [KV heads, ...]; the signature is vLLM's."""
+
+    def load(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        local = loaded_weight[heads]
+        if local.shape != param.shape:
+            raise CheckpointFormatError(
+                layer.layer_name,
+                [f"a basis is {list(loaded_weight.shape)}; {list(param.shape)} of it is needed"],
+                "restore config.json, or compress the model again",
+            )
+        param.data.copy_(local)
+
+    return load

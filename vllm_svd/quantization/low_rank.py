@@ -6,7 +6,7 @@ the rows of B; row-parallel layers split the columns of A and replicate B, so th
 all-reduce of B (A x) is right by linearity.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from vllm_svd.compat import LinearMethodBase, set_weight_attrs
 from vllm_svd.errors import CheckpointFormatError
 from vllm_svd.format import LowRank
+from vllm_svd.quantization.completeness import check_filled, unfilled
 from vllm_svd.quantization.fused_shards import Shard, ShardId, local_shards, shard_index
 
 
@@ -29,44 +30,27 @@ class LowRankLinearMethod(LinearMethodBase):
         layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
-        input_size: int,
+        input_size: int,  # noqa: ARG002
         output_size: int,  # noqa: ARG002
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,  # noqa: ARG002
     ) -> None:
         """Register A [sum of ranks, n], B [flat] and `weight` [dense rows, n] on the layer."""
-        row_parallel = input_size_per_partition != input_size
-        shards = local_shards(layer, self.factors, output_partition_sizes, row_parallel)
-        first_column = layer.tp_rank * input_size_per_partition if row_parallel else 0
-        columns = slice(first_column, first_column + input_size_per_partition)
-        layer.svd_shards = shards
-        layer.svd_loaded = set()
-
-        def register(name: str, *shape: int) -> None:
-            parameter = torch.nn.Parameter(
-                torch.empty(*shape, dtype=params_dtype), requires_grad=False
-            )
+        layer.svd_shards = shards = local_shards(layer, self.factors, output_partition_sizes)
+        shapes = {
+            "A": (shards[-1].latent.stop, input_size_per_partition),
+            "B": (sum(s.rows * s.factors.rank for s in shards if s.factors),),
+            # Empty where no shard is dense; vLLM's LoRA layers look for a `weight`.
+            "weight": (sum(s.rows for s in shards if not s.factors), input_size_per_partition),
+        }
+        for name, shape in shapes.items():
+            parameter = unfilled(*shape, dtype=params_dtype)
             layer.register_parameter(name, parameter)
-            set_weight_attrs(parameter, {"weight_loader": partial(_load, layer, name, columns)})
-
-        register("A", shards[-1].latent.stop, input_size_per_partition)
-        register("B", sum(s.rows * s.factors.rank for s in shards if s.factors))
-        # Empty where no shard is dense; vLLM's LoRA layers look for a `weight`.
-        register("weight", sum(s.rows for s in shards if not s.factors), input_size_per_partition)
+            set_weight_attrs(parameter, {"weight_loader": _loader(layer, name)})
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Raises CheckpointFormatError for tensors that never came: vLLM does not notice."""
-        expected = {
-            (name, index)
-            for index, shard in enumerate(layer.svd_shards)
-            for name in (("A", "B") if shard.factors else ("weight",))
-        }
-        if missing := sorted(expected - layer.svd_loaded):
-            raise CheckpointFormatError(
-                layer.prefix,
-                [f"shard {index} has no {name}" for name, index in missing],
-                "the checkpoint is incomplete; copy it again or compress the model again",
-            )
+        """Raises CheckpointFormatError for tensors that never came."""
+        check_filled(layer.prefix, {name: getattr(layer, name) for name in ("A", "B", "weight")})
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., n] to [..., sum of rows]."""
@@ -82,36 +66,42 @@ class LowRankLinearMethod(LinearMethodBase):
         return output if bias is None else output + bias
 
 
-def _load(
-    layer: Any,
-    name: str,
-    columns: slice,
-    parameter: torch.nn.Parameter,
-    tensor: torch.Tensor,
-    shard_id: ShardId = None,
-) -> None:
-    """Copy this rank's part of a checkpoint tensor A [r, n], B [m, r] or weight [m, n]."""
-    index = shard_index(shard_id)
-    shard: Shard = layer.svd_shards[index]
-    expected = _checkpoint_shapes(shard, tensor).get(name)
-    if tuple(tensor.shape) != expected:
-        raise CheckpointFormatError(
-            layer.prefix,
-            [f"shard {index} brings {name} {list(tensor.shape)}, expected {expected or 'none'}"],
-            "compress the model again",
-        )
-    rows = slice(shard.first_row, shard.first_row + shard.rows)
-    if name == "A":
-        parameter.data[shard.latent].copy_(tensor[:, columns])
-    elif name == "B":
-        parameter.data[shard.place].copy_(tensor[rows].flatten())
-    else:
-        parameter.data[shard.place].copy_(tensor[rows, columns])
-    layer.svd_loaded.add((name, index))
+def _loader(layer: Any, name: str) -> Callable[..., None]:
+    """Copies this rank's part of a checkpoint tensor A [r, n], B [m, r] or weight [m, n].
+
+    The signature is vLLM's: reloading binds its arguments by name.
+    """
+
+    def load(
+        param: torch.nn.Parameter, loaded_weight: torch.Tensor, shard_id: ShardId = None
+    ) -> None:
+        index = shard_index(shard_id)
+        shard: Shard = layer.svd_shards[index]
+        if (name == "weight") == (shard.factors is not None):
+            kind = "low-rank" if shard.factors else "dense"
+            raise _misfit(layer, f"shard {index} brings {name}, config.json makes it {kind}")
+        columns = _columns(layer, param.shape[-1], loaded_weight.shape[-1])
+        rows = shard.rows_of(loaded_weight.shape[0])
+        if name == "A":
+            target, local = param.data[shard.latent], loaded_weight[:, columns]
+        elif name == "B":
+            target, local = param.data[shard.place].view(shard.rows, -1), loaded_weight[rows]
+        else:
+            target, local = param.data[shard.place], loaded_weight[rows, columns]
+        if target.shape != local.shape:
+            raise _misfit(layer, f"shard {index}: {name} {list(loaded_weight.shape)} does not fit")
+        target.copy_(local)
+
+    return load
 
 
-def _checkpoint_shapes(shard: Shard, tensor: torch.Tensor) -> dict[str, tuple[int, ...]]:
-    if shard.factors is None:
-        return {"weight": tuple(tensor.shape)}
-    rank = shard.factors.rank
-    return {"A": (rank, shard.factors.in_features), "B": (shard.factors.out_features, rank)}
+def _columns(layer: Any, local: int, stored: int) -> slice:
+    """This rank's columns: all of them unless the layer is split along its input."""
+    first = 0 if local == stored else layer.tp_rank * local
+    return slice(first, first + local)
+
+
+def _misfit(layer: Any, problem: str) -> CheckpointFormatError:
+    return CheckpointFormatError(
+        layer.prefix, [problem], "restore config.json, or compress the model again"
+    )

@@ -29,7 +29,7 @@ def _request_of(query_start_ptr, block, requests, BLOCK_Q: tl.constexpr):
     return left - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests"])
 def _attention_kernel(
     query_ptr,
     cache_ptr,
@@ -70,7 +70,7 @@ def _attention_kernel(
     WINDOW: tl.constexpr,
 ):
     block = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     request = _request_of(query_start_ptr, block, requests, BLOCK_Q)
     query_start = tl.load(query_start_ptr + request)
     query_length = tl.load(query_start_ptr + request + 1) - query_start

@@ -1,0 +1,149 @@
+"""The linear method on every rank of a tensor-parallel group, without an engine."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_svd.compat import BaseKVCacheMethod, LinearMethodBase, QuantizationConfig
+from vllm_svd.errors import CheckpointFormatError
+from vllm_svd.format import LowRank
+from vllm_svd.quantization.config import SvdConfig
+from vllm_svd.quantization.latent_kv import LatentKVMethod
+from vllm_svd.quantization.low_rank import LowRankLinearMethod
+
+HEAD, HIDDEN = 4, 12
+Q_HEADS, KV_HEADS = 8, 2
+
+
+class Layer(torch.nn.Module):
+    """What vLLM's linear layers tell their method."""
+
+    def __init__(self, tp_rank: int, tp_size: int, input_size: int, replicas: int = 1) -> None:
+        super().__init__()
+        self.tp_rank, self.tp_size, self.input_size = tp_rank, tp_size, input_size
+        self.num_kv_head_replicas = replicas
+        self.prefix = "model.layers.0.some_proj"
+
+
+def made(method: LowRankLinearMethod, layer: Layer, n_local: int, rows: list[int]) -> Layer:
+    method.create_weights(layer, n_local, rows, layer.input_size, sum(rows), torch.float64)
+    return layer
+
+
+def load(layer: Layer, name: str, tensor: torch.Tensor, *shard: Any) -> None:
+    parameter = getattr(layer, name)
+    parameter.weight_loader(parameter, tensor, *shard)
+
+
+def factors(m: int, n: int, r: int) -> tuple[LowRank, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(m * n + r)
+    A = torch.randn(r, n, generator=g, dtype=torch.float64)
+    B = torch.randn(m, r, generator=g, dtype=torch.float64)
+    return LowRank(out_features=m, in_features=n, rank=r), A, B
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("dense", [None, "q", "k"])
+def test_fused_qkv_with_sharded_and_replicated_heads(tp_size, dense):
+    """Each rank gets its query heads and the KV heads they read, at unequal ranks."""
+    x = torch.randn(3, HIDDEN, dtype=torch.float64)
+    rows = {"q": Q_HEADS * HEAD, "k": KV_HEADS * HEAD, "v": KV_HEADS * HEAD}
+    parts = {s: factors(m, HIDDEN, r) for (s, m), r in zip(rows.items(), (5, 3, 7), strict=True)}
+    configs = [None if s == dense else parts[s][0] for s in rows]
+    replicas = max(1, tp_size // KV_HEADS)
+    for rank in range(tp_size):
+        method = LowRankLinearMethod(configs)
+        kv_rows = max(1, KV_HEADS // tp_size) * HEAD
+        local = [Q_HEADS // tp_size * HEAD, kv_rows, kv_rows]
+        layer = made(method, Layer(rank, tp_size, HIDDEN, replicas), HIDDEN, local)
+        for s, (_, A, B) in parts.items():
+            if s == dense:
+                load(layer, "weight", B @ A, s)
+            else:
+                load(layer, "A", A, s)
+                load(layer, "B", B, s)
+        method.process_weights_after_loading(layer)
+        expected = []
+        for s, (_, A, B) in parts.items():
+            group = rank if s == "q" else rank // replicas
+            width = local[0] if s == "q" else kv_rows
+            expected.append((x @ A.T @ B.T)[:, group * width : (group + 1) * width])
+        torch.testing.assert_close(method.apply(layer, x), torch.cat(expected, dim=1))
+
+
+@pytest.mark.parametrize("tp_size", [1, 3])
+def test_row_parallel_sums_to_the_whole(tp_size):
+    config, A, B = factors(8, HIDDEN, 5)
+    x = torch.randn(3, HIDDEN, dtype=torch.float64)
+    width = HIDDEN // tp_size
+    total = torch.zeros(3, 8, dtype=torch.float64)
+    for rank in range(tp_size):
+        method = LowRankLinearMethod([config])
+        layer = made(method, Layer(rank, tp_size, HIDDEN), width, [8])
+        load(layer, "A", A)
+        load(layer, "B", B)
+        total += method.apply(layer, x[:, rank * width : (rank + 1) * width])
+    torch.testing.assert_close(total, x @ A.T @ B.T)
+
+
+def test_replicated_layers_keep_every_row():
+    """vLLM's ReplicatedLinear carries the global rank."""
+    config, A, B = factors(8, HIDDEN, 5)
+    method = LowRankLinearMethod([config])
+    layer = made(method, Layer(1, 2, HIDDEN), HIDDEN, [8])
+    load(layer, "A", A)
+    load(layer, "B", B)
+    x, bias = torch.randn(2, HIDDEN, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    torch.testing.assert_close(method.apply(layer, x, bias), x @ A.T @ B.T + bias)
+
+
+def test_a_tensor_that_never_came_is_named():
+    config, A, _ = factors(8, HIDDEN, 5)
+    method = LowRankLinearMethod([config])
+    layer = made(method, Layer(0, 1, HIDDEN), HIDDEN, [8])
+    load(layer, "A", A)
+    with pytest.raises(CheckpointFormatError, match="B was not loaded completely"):
+        method.process_weights_after_loading(layer)
+
+
+def test_sizes_that_are_not_the_layers_are_refused():
+    config, _, _ = factors(8, HIDDEN, 5)
+    with pytest.raises(CheckpointFormatError, match="shard 0 has 6 rows"):
+        made(LowRankLinearMethod([config]), Layer(0, 1, HIDDEN), HIDDEN, [6])
+    with pytest.raises(CheckpointFormatError, match="shard 0 has 10 columns"):
+        made(LowRankLinearMethod([config]), Layer(0, 1, 10), 10, [8])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("A", (4, HIDDEN)), ("B", (8, 4)), ("weight", (8, 12))]
+)
+def test_tensors_that_do_not_fit_are_refused(name, shape):
+    config, _, _ = factors(8, HIDDEN, 5)
+    layer = made(LowRankLinearMethod([config]), Layer(0, 1, HIDDEN), HIDDEN, [8])
+    with pytest.raises(CheckpointFormatError, match=f"{name}"):
+        load(layer, name, torch.zeros(shape, dtype=torch.float64))
+
+
+def test_quantization_svd_on_a_dense_model_is_explained():
+    from vllm_svd.errors import UnsupportedModelError
+
+    with pytest.raises(UnsupportedModelError, match="drop --quantization"):
+        SvdConfig()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "methods"),
+    [
+        (LowRankLinearMethod, LinearMethodBase, ["apply", "create_weights"]),
+        (LatentKVMethod, BaseKVCacheMethod, ["create_weights", "process_weights_after_loading"]),
+        (SvdConfig, QuantizationConfig, ["get_quant_method", "maybe_update_config", "from_config"]),
+    ],
+)
+def test_overrides_take_what_vllm_passes(ours, theirs, methods):
+    """mypy does not see vLLM's types; the parameter names must match all the same."""
+    for name in methods:
+        given = list(inspect.signature(getattr(theirs, name)).parameters)
+        taken = list(inspect.signature(getattr(ours, name)).parameters)
+        assert taken == given, name
