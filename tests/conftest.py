@@ -1,11 +1,17 @@
 """Tiny random checkpoints of every family, shared by the whole suite."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton kernels run in its interpreter, which must be chosen before triton is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,

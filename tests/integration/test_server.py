@@ -17,6 +17,13 @@ from benchmarks.serving.server import serve
 pytestmark = pytest.mark.engine
 
 BUDGET = 8 << 20
+
+
+@pytest.fixture(autouse=True)
+def _without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 FLAGS = [
     "--dtype=float32",
     "--enforce-eager",

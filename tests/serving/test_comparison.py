@@ -11,7 +11,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.mark.engine
-def test_every_token_asked_for_is_served(tmp_path: Path) -> None:
+def test_every_token_asked_for_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     text = tmp_path / "text.txt"
     text.write_text((EXAMPLES / "wikitext-2" / "test.txt").read_text()[:40_000])
     protocol = Protocol(

@@ -8,7 +8,6 @@ from collections import defaultdict
 
 import torch
 
-from vllm_svd.kernels.latent_attention.reference import rotate
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
 
 # Rebuilt keys and scores of one tile should stay in the last-level cache.
@@ -61,49 +60,75 @@ def _attend_equal_queries(
     rope: Rope | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """query [requests, tokens, heads, d], scaled, to [requests, tokens, heads, v_rank] in fp32."""
+    """query [requests, tokens, heads, d], scaled, to [requests, tokens, heads, v_rank] in fp32.
+
+    KV heads come first in every intermediate, so that rebuilding keys is one product per head.
+    """
     requests, tokens, heads, width = query.shape
     _, kv_heads, size, channels = kv_cache.shape
     group = heads // kv_heads
-    queries = query.view(requests, tokens, kv_heads, group, width).permute(0, 2, 3, 1, 4)
-    queries = queries.reshape(requests, kv_heads, group * tokens, width)
+    queries = query.view(requests, tokens, kv_heads, group, width).permute(2, 0, 3, 1, 4)
+    queries = queries.reshape(kv_heads, requests, group * tokens, width)
     ends = torch.tensor(lengths)
     query_positions = (ends[:, None] - tokens + torch.arange(tokens)).repeat(1, group)
 
-    highest = queries.new_full((requests, kv_heads, group * tokens, 1), -torch.inf)
+    highest = queries.new_full((kv_heads, requests, group * tokens, 1), -torch.inf)
     total = torch.zeros_like(highest)
-    mixed = queries.new_zeros(requests, kv_heads, group * tokens, channels - k_rank)
+    mixed = queries.new_zeros(kv_heads, requests, group * tokens, channels - k_rank)
     first_needed = 0
     if sliding_window is not None:
         first_needed = max(0, lengths[-1] - tokens - sliding_window + 1)
-    per_slot = requests * kv_heads * (channels + width + 2 * group * tokens) * 4
+    per_slot = requests * kv_heads * (channels + 2 * width + 2 * group * tokens) * 4
     step = size * max(1, TILE_BYTES // (per_slot * size))
     for begin in range(first_needed // size * size, lengths[0], step):
         alive = sum(length > begin for length in lengths)
         end = min(begin + step, -(-lengths[0] // size) * size)
         blocks = block_table[:alive, begin // size : end // size].long()
-        latents = kv_cache[blocks].permute(0, 2, 1, 3, 4).float().flatten(2, 3)
         positions = torch.arange(begin, end)
         unused = positions >= ends[:alive, None]
-        latents.masked_fill_(unused[:, None, :, None], 0)  # slots never written may hold NaN
-        keys, values = latents[..., :k_rank], latents[..., k_rank:]
+        keys = _gather(kv_cache[..., :k_rank], blocks, unused)
+        values = _gather(kv_cache[..., k_rank:], blocks, unused)
         if rope is not None and up is not None:
+            rebuilt = torch.bmm(keys.flatten(1, 2), up).view(*keys.shape[:3], width)
             # Whole blocks are read; positions past the table belong to unused slots.
-            in_table = positions.clamp(max=rope.cos_sin.shape[0] - 1)
-            keys = rotate(keys @ up, rope, in_table)
-        scores = queries[:alive] @ keys.transpose(-1, -2)
+            keys = _rotate(rebuilt, rope, positions.clamp(max=rope.cos_sin.shape[0] - 1))
+        scores = queries[:, :alive] @ keys.transpose(-1, -2)
         hidden = positions > query_positions[:alive, :, None]
         if sliding_window is not None:
             hidden |= positions <= query_positions[:alive, :, None] - sliding_window
-        scores.masked_fill_(hidden[:, None], -torch.inf)
+        scores.masked_fill_(hidden, -torch.inf)
 
-        new_highest = torch.maximum(highest[:alive], scores.amax(dim=-1, keepdim=True))
+        before = highest[:, :alive]
+        after = torch.maximum(before, scores.amax(dim=-1, keepdim=True))
         # A tile may lie wholly outside a query's window: exp(-inf - -inf) is not a number.
-        shift = new_highest.clamp(min=torch.finfo(torch.float32).min)
-        weights = torch.exp(scores.sub_(shift))
-        decay = torch.exp(highest[:alive] - shift)
-        total[:alive] = total[:alive] * decay + weights.sum(dim=-1, keepdim=True)
-        mixed[:alive] = mixed[:alive] * decay + weights @ values
-        highest[:alive] = new_highest
-    result = (mixed / total).view(requests, kv_heads, group, tokens, -1)
-    return result.permute(0, 3, 1, 2, 4).reshape(requests, tokens, heads, -1)
+        shift = after.clamp(min=torch.finfo(torch.float32).min)
+        weights = scores.sub_(shift).exp_()
+        decay = torch.exp(before - shift)
+        total[:, :alive] = total[:, :alive] * decay + weights.sum(dim=-1, keepdim=True)
+        mixed[:, :alive] = mixed[:, :alive] * decay + weights @ values
+        highest[:, :alive] = after
+    result = (mixed / total).view(kv_heads, requests, group, tokens, -1)
+    return result.permute(1, 3, 0, 2, 4).reshape(requests, tokens, heads, -1)
+
+
+def _gather(cache: torch.Tensor, blocks: torch.Tensor, unused: torch.Tensor) -> torch.Tensor:
+    """Latents [KV heads, requests, positions, channels] in fp32, zero in unused slots."""
+    latents = cache[blocks].permute(2, 0, 1, 3, 4).float().flatten(2, 3)
+    return latents.masked_fill_(unused[:, :, None], 0)  # slots never written may hold NaN
+
+
+def _rotate(x: torch.Tensor, rope: Rope, positions: torch.Tensor) -> torch.Tensor:
+    """RoPE of x [..., positions, d], as reference.rotate but without temporaries."""
+    cos, sin = rope.cos_sin[positions].float().chunk(2, dim=-1)
+    rotary_dim = 2 * cos.shape[-1]
+    if rope.is_neox:
+        first, second = slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim)
+    else:
+        first, second = slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
+    rotated = torch.empty_like(x)
+    torch.mul(x[..., first], cos, out=rotated[..., first])
+    rotated[..., first].addcmul_(x[..., second], sin, value=-1)
+    torch.mul(x[..., second], cos, out=rotated[..., second])
+    rotated[..., second].addcmul_(x[..., first], sin)
+    rotated[..., rotary_dim:] = x[..., rotary_dim:]
+    return rotated
