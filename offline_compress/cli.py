@@ -37,13 +37,6 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-class KVMode(StrEnum):
-    """Whether keys are projected before or after RoPE."""
-
-    pre = "pre"
-    post = "post"
-
-
 Model = Annotated[str, typer.Argument(help="Directory of a dense checkpoint, or a hub id.")]
 Recipe = Annotated[Path | None, typer.Option(help="Recipe in YAML; flags override its fields.")]
 Method = Annotated[str | None, typer.Option(help="svd, asvd or svd_llm.  [default: svd_llm]")]
@@ -55,16 +48,14 @@ KVKept = Annotated[
     float | None,
     typer.Option(help="Fraction of K/V channels that stay; 1 is dense.  [default: 0.5]"),
 ]
-KVModeFlag = Annotated[
-    KVMode | None,
-    typer.Option("--kv-mode", help="Project keys before or after RoPE.  [default: pre]"),
+KVMode = Annotated[
+    str | None,
+    typer.Option(help="pre or post: project keys before or after RoPE.  [default: pre]"),
 ]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text to calibrate on.")]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows.  [default: 64]")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the windows' offsets.  [default: 0]")]
-DeviceFlag = Annotated[
-    Device | None, typer.Option("--device", help="auto, cpu or cuda.  [default: auto]")
-]
+DeviceName = Annotated[str | None, typer.Option(help="auto, cpu or cuda.  [default: auto]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -95,19 +86,28 @@ def run(
     method: Method = None,
     kept: Kept = None,
     kv_kept: KVKept = None,
-    kv_mode: KVModeFlag = None,
+    kv_mode: KVMode = None,
     text: Text = None,
     samples: Samples = None,
     seed: Seed = None,
-    device: DeviceFlag = None,
+    device: DeviceName = None,
 ) -> None:
     """Compress MODEL into OUT."""
     from offline_compress.pipeline import compress
-    from offline_compress.recipe import load
+    from offline_compress.preflight import prepare_run
+    from offline_compress.recipe import load_valid
     from offline_compress.report import result_table
 
     flags = _flags(method, kept, kv_kept, kv_mode, text, samples, seed, device)
-    wanted = load(recipe, flags)
+    wanted, invalid = load_valid(recipe, flags)
+    if invalid is not None:
+        prepare_run(wanted, model, out, invalid)  # raises it, with all else that is wrong
+    for path, size in staging.leftovers(out).items():
+        typer.echo(
+            f"note: {path} ({size:,} bytes) was left by a run that was killed, or is being "
+            "written by another; remove it in the first case",
+            err=True,
+        )
     with _progress() as progress:
         measured = compress(wanted, model, out, progress)
     _print(result_table(measured))
@@ -122,24 +122,20 @@ def plan(
     method: Method = None,
     kept: Kept = None,
     kv_kept: KVKept = None,
-    kv_mode: KVModeFlag = None,
+    kv_mode: KVMode = None,
     text: Text = None,
     samples: Samples = None,
     seed: Seed = None,
-    device: DeviceFlag = None,
+    device: DeviceName = None,
 ) -> None:
-    """Print ranks, bytes and memory of `run` with the same options; reads no weight."""
-    from offline_compress.checkpoint import ensure_vacant
-    from offline_compress.planning import plan as make_plan
-    from offline_compress.recipe import load
+    """Check the options of `run` and print its ranks, bytes and memory; computes nothing."""
+    from offline_compress.preflight import prepare_plan
+    from offline_compress.recipe import load_valid
     from offline_compress.report import plan_tables
-    from offline_compress.weights import open_source
 
     flags = _flags(method, kept, kv_kept, kv_mode, text, samples, seed, device)
-    wanted = load(recipe, flags)
-    if out is not None:
-        ensure_vacant(out)
-    _print(*plan_tables(make_plan(wanted, open_source(model, weights=False))))
+    wanted, invalid = load_valid(recipe, flags)
+    _print(*plan_tables(prepare_plan(wanted, model, out, invalid)))
 
 
 @app.command()
@@ -171,22 +167,14 @@ def evaluate(
     from dataclasses import asdict
 
     from offline_compress import reference
-    from offline_compress.evaluation import default_bos, perplexity, tokenize_file
-    from offline_compress.pipeline import compute_dtype, load_tokenizer, pick_device
+    from offline_compress.evaluation import perplexity
+    from offline_compress.preflight import prepare_evaluation
 
-    where = pick_device(device)
-    tokenizer = load_tokenizer(directory)
-    tokens = tokenize_file(tokenizer, text)
-    stored = reference.load(directory, where)
-    network = stored.to(compute_dtype(where, stored.dtype))
+    ready = prepare_evaluation(directory, text, context, device)
+    network = reference.load(directory, ready.device, ready.dtype)
     with _progress() as progress:
-        bos = default_bos(tokenizer)
-        found = perplexity(network, tokens, context, batch, bos, progress)
-    typer.echo(
-        json.dumps(asdict(found), indent=1)
-        if as_json
-        else f"perplexity {found.perplexity:.3f} over {found.tokens} tokens, context {context}"
-    )
+        found = perplexity(network, ready.tokens, context, batch, ready.bos, progress)
+    typer.echo(json.dumps(asdict(found), indent=1) if as_json else str(found))
 
 
 @app.command()
@@ -222,7 +210,9 @@ def main() -> None:
 
 
 def exit_on_signals() -> None:
-    """SIGTERM exits with 143 and Ctrl-C with 130; no output is left half-written."""
+    """SIGTERM exits with 143, Ctrl-C with 130, a hang-up with 129; nothing is left half-written."""
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it stays ignored
+        signal.signal(signal.SIGHUP, _stop)
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
 
@@ -246,21 +236,21 @@ def _flags(
     method: str | None,
     kept: float | None,
     kv_kept: float | None,
-    kv_mode: KVMode | None,
+    kv_mode: str | None,
     text: Path | None,
     samples: int | None,
     seed: int | None,
-    device: Device | None,
+    device: str | None,
 ) -> dict[str, Any]:
     return {
         "--method": method,
         "--kept": kept,
         "--kv-kept": kv_kept,
-        "--kv-mode": kv_mode and kv_mode.value,
+        "--kv-mode": kv_mode,
         "--text": text and str(text),
         "--samples": samples,
         "--seed": seed,
-        "--device": device and device.value,
+        "--device": device,
     }
 
 

@@ -1,12 +1,13 @@
 """Perplexity of a causal language model on a text."""
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_compress.progress import Progress
 from vllm_svd.errors import SvdError
@@ -14,36 +15,75 @@ from vllm_svd.errors import SvdError
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp(nll), with nll in nats per scored token, and what it was measured on."""
+    """exp(nll), with nll in nats per scored token, and the protocol it was measured with.
+
+    `tokens` were scored, in non-overlapping `windows` of `context` tokens, BOS included where
+    `bos`; each window is `stride` tokens of the text behind the one before. `dtype` is what the
+    model computed in.
+    """
 
     perplexity: float
     nll: float
     tokens: int
     windows: int
     context: int
+    stride: int
+    bos: bool
+    dtype: str
+
+    def __str__(self) -> str:
+        start = "BOS and " if self.bos else ""
+        unscored = "" if self.bos else ", the first unscored"
+        return (
+            f"perplexity {self.perplexity:.3f} over {self.tokens} scored tokens, context "
+            f"{self.context}\nprotocol: {self.windows} non-overlapping windows of {start}"
+            f"{self.stride} tokens{unscored}, in {self.dtype}"
+        )
 
 
-def tokenize_file(tokenizer: PreTrainedTokenizerBase, path: Path) -> torch.Tensor:
-    """Token ids [total] of a UTF-8 text as one string, without special tokens.
-
-    Raises SvdError if the file cannot be read or yields no token.
-    """
+def read_text(path: Path) -> str:
+    """A UTF-8 text file; raises SvdError if it cannot be read or is blank."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SvdError(
             f"{path} cannot be read as UTF-8 text: {error}\nRemedy: give a plain text file"
         ) from None
+    if not text.strip():
+        raise SvdError(f"{path} holds no text\nRemedy: give a text file that is not empty")
+    return text
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """Token ids [total] of a text as one string, without special tokens.
+
+    Raises SvdError if the tokenizer finds no token in it.
+    """
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not tokens:
-        raise SvdError(f"{path} holds no text\nRemedy: give a text file that is not empty")
+        raise SvdError("the tokenizer finds no token in the text\nRemedy: give another text")
     return torch.tensor(tokens, dtype=torch.long)
+
+
+def tokenize_file(tokenizer: PreTrainedTokenizerBase, path: Path) -> torch.Tensor:
+    """Token ids [total] of a UTF-8 text file; raises SvdError like read_text and tokenize."""
+    return tokenize(tokenizer, read_text(path))
 
 
 def default_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The BOS token if the tokenizer puts one before a text by default, else None."""
     first = tokenizer("")["input_ids"][:1]
     return int(first[0]) if first and first[0] == tokenizer.bos_token_id else None
+
+
+def check_context(context: int, config: PretrainedConfig) -> None:
+    """Raises SvdError if the model has fewer positions than a window has tokens."""
+    positions = config.max_position_embeddings
+    if context > positions:
+        raise SvdError(
+            f"a context of {context} tokens exceeds the model's {positions} positions\n"
+            f"Remedy: give a --context of at most {positions}"
+        )
 
 
 @torch.inference_mode()
@@ -60,8 +100,10 @@ def perplexity(
     Protocol: the model sees `context` tokens at a time. With `bos`, each window is BOS and
     `context - 1` tokens of the text, all of them scored. Without, it is `context` tokens of the
     text, the first of which has nothing before it and is not scored. The last, shorter window
-    counts by its tokens. Raises SvdError if there is nothing to score or the NLL is not finite.
+    counts by its tokens. Raises SvdError if there is nothing to score, if the context exceeds the
+    model's positions, or if the perplexity is not finite.
     """
+    check_context(context, model.config)
     prefix = torch.tensor([] if bos is None else [bos], dtype=torch.long)
     stride = context - len(prefix)
     windows = [torch.cat((prefix, part)) for part in torch.split(tokens, max(stride, 1))]
@@ -84,10 +126,19 @@ def perplexity(
         done += len(rows)
         if progress is not None:
             progress("perplexity", done, len(windows))
-    if not math.isfinite(nll):
+    mean = nll / scored
+    if not mean < math.log(sys.float_info.max):
         raise SvdError(
-            "the model assigns a negative log-likelihood that is not finite\n"
+            f"the perplexity is not finite: a token has {mean:.3g} nats on average\n"
             "Remedy: evaluate in bfloat16 or float32, and check the checkpoint"
         )
-    mean = nll / scored
-    return Perplexity(float(torch.tensor(mean).double().exp()), mean, scored, len(windows), context)
+    return Perplexity(
+        perplexity=math.exp(mean),
+        nll=mean,
+        tokens=scored,
+        windows=len(windows),
+        context=context,
+        stride=stride,
+        bos=bos is not None,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )

@@ -6,28 +6,36 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from offline_compress import kv, reference
 from offline_compress.allocation import RankPlan
-from offline_compress.calibration import Corpus, collect, output_errors, sites, split
+from offline_compress.calibration import Corpus, collect, output_errors, sites
 from offline_compress.checkpoint import (
     CacheError,
     MatrixError,
     Measurements,
     bytes_needed,
-    ensure_room,
-    ensure_vacant,
     write,
 )
-from offline_compress.evaluation import default_bos, perplexity, tokenize_file
+from offline_compress.evaluation import Perplexity, perplexity
 from offline_compress.kv import KVBases
 from offline_compress.methods import Factorization, LowRankFactors
-from offline_compress.planning import plan
+from offline_compress.planning import site_groups
+from offline_compress.preflight import (
+    PreparedRun,
+    compute_dtype,
+    load_tokenizer,
+    pick_device,
+    prepare_run,
+)
 from offline_compress.progress import Progress, silent
-from offline_compress.recipe import CompressionRecipe, RecipeError
-from offline_compress.weights import Source, SourceError, open_source
+from offline_compress.recipe import CompressionRecipe
+from offline_compress.staging import staged
+from offline_compress.weights import Source
 from vllm_svd.errors import SvdError
+
+__all__ = ["NumericalError", "compress", "compute_dtype", "load_tokenizer", "pick_device"]
 
 
 class NumericalError(SvdError):
@@ -42,17 +50,18 @@ def compress(
     The same recipe gives the same bytes on the same machine. Raises SvdError for anything a user
     can cause; nothing is left behind then.
     """
-    if recipe.calibration.text is None:
-        raise RecipeError(
-            "the recipe", ["calibration.text (--text): missing; give a UTF-8 text file"]
-        )
-    ensure_vacant(out)
-    source = open_source(model)
-    ranks = plan(recipe, source)
-    ensure_room(out, bytes_needed(source, ranks))
-    device = pick_device(recipe.calibration.device)
-    corpus = _corpus(recipe, load_tokenizer(source.directory))
-    network = reference.load(source.directory, device, compute_dtype(device, source.torch_dtype))
+    ready = prepare_run(recipe, model, out)
+    needed = bytes_needed(ready.source, ready.ranks)
+    with staged(out, needed) as directory:
+        return _compress(recipe, ready, directory, progress)
+
+
+def _compress(
+    recipe: CompressionRecipe, ready: PreparedRun, directory: Path, progress: Progress
+) -> Measurements:
+    source, ranks, corpus = ready.source, ready.ranks, ready.corpus
+    dtype = compute_dtype(ready.device, source.torch_dtype)
+    network = reference.load(source.directory, ready.device, dtype)
 
     found = _factorize(network, recipe, source, ranks, corpus, progress)
     factors = {path: done.factors for path, done in found.items()}
@@ -64,14 +73,17 @@ def compress(
     for path, basis in bases.items():
         reference.install_kv(network, source.family, path, basis)
 
+    after = _score(network, recipe, corpus, progress)
     measured = Measurements(
         base_model=source.public_name,
-        text=Path(recipe.calibration.text).name,
+        text=Path(str(recipe.calibration.text)).name,
+        text_sha256=ready.text_sha256,
         calibration_tokens=corpus.calibration.numel(),
         held_out_tokens=len(corpus.held_out),
+        scored_tokens=after.tokens,
         context=recipe.calibration.context,
-        perplexity_dense=before,
-        perplexity=_score(network, recipe, corpus, progress),
+        perplexity_dense=before.perplexity,
+        perplexity=after.perplexity,
         matrices={
             path: MatrixError(predicted=done.loss, held_out=held_out[path], damping=done.damping)
             for path, done in found.items()
@@ -80,7 +92,7 @@ def compress(
         versions={name: version(name) for name in ("vllm-svd", "torch", "transformers")},
     )
     write(
-        out,
+        directory,
         source=source,
         recipe=recipe,
         plan=ranks,
@@ -92,53 +104,11 @@ def compress(
     return measured
 
 
-def pick_device(wanted: str) -> torch.device:
-    """`auto` is CUDA where there is one; raises SvdError if `cuda` is asked for and absent."""
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise SvdError(
-            "calibration.device (--device): cuda was given and torch finds no CUDA device\n"
-            "Remedy: use cpu or auto, or install a CUDA build of torch on a machine with a GPU"
-        )
-    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
-
-
-def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """fp32 on a CPU, where half precision is slower and no closer to what a GPU computes."""
-    return torch.float32 if device.type == "cpu" else stored
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; raises SourceError if it has none."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(
-            f"{directory} holds no tokenizer that transformers can load: {error}\n"
-            "Remedy: copy tokenizer.json and tokenizer_config.json of the model into it"
-        ) from None
-    return tokenizer
-
-
-def _corpus(recipe: CompressionRecipe, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    calibration = recipe.calibration
-    return split(
-        tokenize_file(tokenizer, Path(str(calibration.text))),
-        samples=calibration.samples,
-        held_out=recipe.evaluation.samples,
-        context=calibration.context,
-        seed=calibration.seed,
-        bos=default_bos(tokenizer),
-    )
-
-
 def _score(
     network: PreTrainedModel, recipe: CompressionRecipe, corpus: Corpus, progress: Progress
-) -> float:
+) -> Perplexity:
     context, batch = recipe.calibration.context, recipe.calibration.batch
-    return perplexity(network, corpus.held_out, context, batch, corpus.bos, progress).perplexity
+    return perplexity(network, corpus.held_out, context, batch, corpus.bos, progress)
 
 
 def _factorize(
@@ -149,29 +119,24 @@ def _factorize(
     corpus: Corpus,
     progress: Progress,
 ) -> dict[str, Factorization]:
-    """Every matrix of the plan, from one pass of the dense model over the calibration windows."""
-    planned = ranks.compressed
-    if not planned:
-        return {}
-    observed = sites(source.family, source.config)
-    statistics = collect(
-        network,
-        [observed[path] for path in planned],
-        corpus.calibration,
-        recipe.calibration.batch,
-        progress,
-    )
-    found = {}
-    last_reader = {observed[path]: path for path in planned}
-    progress("factorise", 0, len(planned))
-    for done, (path, rank) in enumerate(planned.items(), start=1):
-        weight = network.get_submodule(path).weight.detach()
-        site = observed[path]
-        result = recipe.weights.method.factorize(weight, statistics[site], rank)
-        found[path] = replace(result, factors=_stored(path, result.factors, source))
-        if last_reader[site] == path:
-            del statistics[site]  # the Grams are most of the memory
-        progress("factorise", done, len(planned))
+    """Every matrix of the plan; one pass of the dense model over the text per group of Grams."""
+    planned, method = ranks.compressed, recipe.weights.method
+    readers: dict[str, list[str]] = {}
+    for path, site in sites(source.family, source.config).items():
+        if path in planned:
+            readers.setdefault(site, []).append(path)
+    found: dict[str, Factorization] = {}
+    for group in site_groups(recipe, source, ranks.matrices):
+        windows, batch = corpus.calibration, recipe.calibration.batch
+        statistics = collect(network, group, windows, batch, method.needs, progress)
+        for site in group:
+            seen = statistics.pop(site)  # Grams are most of the memory: none outlives its readers
+            for path in readers[site]:
+                weight = network.get_submodule(path).weight.detach()
+                result = method.factorize(weight, seen, planned[path])
+                found[path] = replace(result, factors=_stored(path, result.factors, source))
+                progress("factorise", len(found), len(planned))
+            del seen
     return found
 
 

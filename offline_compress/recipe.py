@@ -81,6 +81,12 @@ class CompressionRecipe(BaseModel):
         """The whole recipe, defaults included, as recipe.yaml holds it."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    def without_directories(self) -> "CompressionRecipe":
+        """The same recipe with the bare name of its text: fit to be published."""
+        text = self.calibration.text and Path(self.calibration.text).name
+        calibration = self.calibration.model_copy(update={"text": text})
+        return self.model_copy(update={"calibration": calibration})
+
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "weights": Weights,
@@ -108,8 +114,24 @@ def load(path: Path | None = None, flags: Mapping[str, Any] | None = None) -> Co
 
     Raises RecipeError that lists every problem by its YAML path and, where one set it, its flag.
     """
+    recipe, error = load_valid(path, flags)
+    if error is not None:
+        raise error
+    return recipe
+
+
+def load_valid(
+    path: Path | None = None, flags: Mapping[str, Any] | None = None
+) -> tuple[CompressionRecipe, RecipeError | None]:
+    """What is valid of the recipe that `load` reads, and what `load` raises for the rest.
+
+    The valid part lets the rest of a command's input be checked in the same go.
+    """
     given = {flag: value for flag, value in (flags or {}).items() if value is not None}
-    raw = _read(path) if path else {}
+    try:
+        raw = _read(path) if path else {}
+    except RecipeError as error:
+        return CompressionRecipe(), error
     for flag, value in given.items():
         section, field = FLAGS[flag].split(".")
         fields = raw.setdefault(section, {})
@@ -119,11 +141,22 @@ def load(path: Path | None = None, flags: Mapping[str, Any] | None = None) -> Co
             continue  # the same method keeps the options that the file gives it
         fields[field] = value
     try:
-        return CompressionRecipe.model_validate(raw)
+        return CompressionRecipe.model_validate(raw), None
     except ValidationError as error:
         where = str(path) if path else "the command line"
         problems = [_problem(dict(item), given) for item in error.errors()]
-        raise RecipeError(where, problems) from None
+        for item in error.errors():
+            _drop(raw, item["loc"])
+        return CompressionRecipe.model_validate(raw), RecipeError(where, problems)
+
+
+def _drop(raw: dict[str, Any], location: Sequence[Any]) -> None:
+    """Remove the field that an error lies in, or its whole section; then it has its default."""
+    section = raw.get(location[0])
+    if len(location) > 1 and isinstance(section, dict):
+        section.pop(location[1], None)
+    else:
+        raw.pop(location[0], None)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from offline_compress.allocation import RankPlan
 from offline_compress.checkpoint import Inspection, Measurements
@@ -46,8 +47,8 @@ def progress_bars(console: Console) -> Iterator[Progress]:
             bars.stop()
 
 
-def plan_tables(plan: RankPlan) -> Iterator[Table]:
-    """Ranks per matrix and per cache, then the totals."""
+def plan_tables(plan: RankPlan) -> Iterator[Table | Text]:
+    """Ranks per matrix and per cache, the totals, then memory and warnings."""
     matrices = Table("matrix", "shape", "method", "rank", "parameters", "kept", "why dense")
     for path, matrix in plan.matrices.items():
         matrices.add_row(
@@ -80,8 +81,22 @@ def plan_tables(plan: RankPlan) -> Iterator[Table]:
         ("KV bytes per token", totals.kv_bytes_per_token_dense, totals.kv_bytes_per_token),
     ):
         summary.add_row(label, f"{dense:,}", f"{compressed:,}", f"{compressed / dense:.3f}")
-    summary.caption = f"calibration holds {totals.gram_bytes:,} bytes of Grams"
     yield summary
+    yield _memory(plan)
+
+
+def _memory(plan: RankPlan) -> Text:
+    cost = plan.calibration
+    weights = f"{4 * cost.weight_elements:,} bytes of weights in fp32 on a CPU"
+    if plan.item_bytes != 4:
+        weights += f" ({plan.item_bytes * cost.weight_elements:,} in {plan.dtype} on CUDA)"
+    lines = [
+        f"memory, beside one batch of activations: {weights}",
+        f"{cost.gram_bytes:,} bytes of fp64 Grams at once, {cost.passes} calibration pass(es)",
+        f"{cost.workspace_bytes:,} bytes of fp64 workspace at most for one factorisation",
+        *(f"warning: {warning}" for warning in plan.warnings),
+    ]
+    return Text("\n".join(lines))
 
 
 def result_table(measured: Measurements) -> Table:

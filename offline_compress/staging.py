@@ -1,6 +1,8 @@
 """A directory that appears complete, by one rename, or not at all."""
 
+import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from safetensors import SafetensorError
 
 from vllm_svd.errors import SvdError
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _open: set[Path] = set()  # for a signal, which ends the process without unwinding the stack
 
 
@@ -19,8 +22,17 @@ class OutputError(SvdError):
 
 
 def ensure_vacant(out: Path) -> None:
-    """Raises OutputError if `out` exists or its parent does not."""
-    if out.exists() or out.is_symlink():
+    """Raises OutputError if `out` exists, or cannot be created in its parent."""
+    try:
+        _partial(out).exists()  # the longest name that will be written
+        taken = out.exists() or out.is_symlink()
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be created: {error.strerror}\nRemedy: choose a shorter name"
+            if error.errno == errno.ENAMETOOLONG
+            else f"{out} cannot be created: {error}\nRemedy: choose an output directory elsewhere"
+        ) from None
+    if taken:
         raise OutputError(
             f"{out} already exists\nRemedy: choose another output directory, or remove this one"
         )
@@ -39,6 +51,18 @@ def ensure_room(out: Path, needed: int) -> None:
         raise OutputError(_too_full(out, needed, free))
 
 
+def leftovers(out: Path) -> dict[Path, int]:
+    """Directories that other runs began to write for `out`, killed or still at work, in bytes."""
+    try:
+        return {
+            path: sum(file.stat().st_size for file in path.iterdir())
+            for path in sorted(out.parent.iterdir())
+            if path.name.startswith(f".{out.name}.") and path.name.endswith(".partial")
+        }
+    except OSError:  # no such parent, or one of them was finished just now
+        return {}
+
+
 def abandon() -> None:
     """Remove every directory that is still being written; the process is about to end."""
     for partial in _open:
@@ -50,11 +74,11 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
     """A hidden sibling directory to write in; it becomes `out` when the block succeeds.
 
     Whatever ends the block early, an interrupt included, removes the directory. A failed write
-    raises OutputError with the bytes needed.
+    raises OutputError, with the bytes needed where the file system is full.
     """
     ensure_vacant(out)
     ensure_room(out, needed)
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    partial = _partial(out)
     _open.add(partial)
     try:
         partial.mkdir()
@@ -63,11 +87,27 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
-            free = shutil.disk_usage(out.parent).free
-            raise OutputError(f"{_too_full(out, needed, free)}\nCause: {error}") from None
+            raise _failed(out, needed, error) from None
         raise
     finally:
         _open.discard(partial)
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+
+
+def _failed(out: Path, needed: int, error: OSError | SafetensorError) -> OutputError:
+    # safetensors gives the number only in its text
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else said and int(said[1])
+    if number in _FULL:
+        free = shutil.disk_usage(out.parent).free
+        return OutputError(f"{_too_full(out, needed, free)}\nCause: {error}")
+    return OutputError(
+        f"{out} cannot be written: {error}\n"
+        "Remedy: see to that, or choose an output directory elsewhere"
+    )
 
 
 def _too_full(out: Path, needed: int, free: int) -> str:

@@ -7,21 +7,74 @@ fp32 on a CPU, and scored with the protocol of offline_compress.evaluation.
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
 from benchmarks.machine import Machine
-from offline_compress import kv, pipeline, reference
-from offline_compress.calibration import LayerStatistics, collect, sites, split
+from offline_compress import kv, preflight, reference
+from offline_compress.allocation import RankPlan
+from offline_compress.calibration import LayerStatistics, Needs, collect, sites, split
 from offline_compress.evaluation import default_bos, perplexity, tokenize_file
 from offline_compress.planning import plan
 from offline_compress.progress import Progress, silent
-from offline_compress.recipe import CompressionRecipe
+from offline_compress.recipe import CompressionRecipe, RecipeError, load
 from offline_compress.weights import Source, open_source
+
+
+class Axes(TypedDict):
+    """What to measure: every method at each `kept`, every mode at each `kv_kept`."""
+
+    methods: Sequence[str]
+    kept: Sequence[float]
+    modes: Sequence[str]
+    kv_kept: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One point to measure: weights are compressed, or the K/V cache in `mode`, never both."""
+
+    what: str
+    kept: float
+    recipe: CompressionRecipe
+    mode: str | None = None
+
+
+def variants(
+    *,
+    methods: Sequence[str],
+    kept: Sequence[float],
+    modes: Sequence[str],
+    kv_kept: Sequence[float],
+) -> list[Variant]:
+    """Methods at each kept fraction, then modes at each kv_kept.
+
+    Raises RecipeError with every value that is not accepted, by its flag.
+    """
+    made: list[Variant] = []
+    problems: list[str] = []
+
+    def add(what: str, share: float, flags: dict[str, object], mode: str | None = None) -> None:
+        try:
+            made.append(Variant(what, share, load(None, flags), mode))
+        except RecipeError as error:
+            problems.extend(error.problems)
+
+    for share in kept:
+        for method in methods:
+            add(method, share, {"--method": method, "--kept": share, "--kv-kept": 1.0})
+    for mode in modes:
+        for share in kv_kept:
+            flags = {"--kept": 1.0, "--kv-mode": mode, "--kv-kept": share}
+            add(f"kv {mode}", share, flags, mode)
+    if problems:
+        raise RecipeError("the command line", list(dict.fromkeys(problems)))
+    return made
 
 
 class Point(BaseModel):
@@ -80,7 +133,7 @@ class Laboratory:
     ) -> "Laboratory":
         """Load the model; raises SvdError for what offline-compress would refuse too."""
         source = open_source(str(directory))
-        tokenizer = pipeline.load_tokenizer(source.directory)
+        tokenizer = preflight.load_tokenizer(source.directory)
         bos = default_bos(tokenizer)
         corpus = split(
             tokenize_file(tokenizer, calibration),
@@ -90,8 +143,8 @@ class Laboratory:
             seed=0,
             bos=bos,
         )
-        device = pipeline.pick_device("auto")
-        dtype = pipeline.compute_dtype(device, source.torch_dtype)
+        device = preflight.pick_device("auto")
+        dtype = preflight.compute_dtype(device, source.torch_dtype)
         model = reference.load(source.directory, device, dtype)
         tokens = tokenize_file(tokenizer, text)
         return cls(source, model, corpus.calibration, tokens, context, batch, bos, progress)
@@ -101,10 +154,22 @@ class Laboratory:
         found = perplexity(model, self.tokens, self.context, self.batch, self.bos, self.progress)
         return found.perplexity
 
-    def statistics(self) -> dict[str, LayerStatistics]:
-        """Grams of the dense model, by the linear layer at which each is observed."""
+    def statistics(self, needs: Needs) -> dict[str, LayerStatistics]:
+        """Of the dense model, by the linear layer at which each input is observed."""
         paths = sites(self.source.family, self.source.config).values()
-        return collect(self.model, paths, self.windows, self.batch, self.progress)
+        return collect(self.model, paths, self.windows, self.batch, needs, self.progress)
+
+    def kv_statistics(self, ranks: RankPlan) -> dict[str, kv.KVStatistics]:
+        """Of the dense model, for the caches that the plan projects."""
+        modes = {path: projection.mode for path, projection in ranks.projected.items()}
+        family = self.source.family
+        return kv.collect(self.model, family, self.windows, modes, self.batch, self.progress)
+
+    def calibrated(self, recipe: CompressionRecipe) -> CompressionRecipe:
+        """The recipe with the windows of this laboratory."""
+        update = {"samples": len(self.windows), "context": self.context}
+        calibration = recipe.calibration.model_copy(update=update)
+        return recipe.model_copy(update={"calibration": calibration})
 
     def with_weights(
         self, recipe: CompressionRecipe, statistics: dict[str, LayerStatistics]
@@ -140,45 +205,37 @@ def measure(
     kv_kept: Sequence[float],
     dense: float,
 ) -> Iterator[Point]:
-    """One point after another: methods at each kept fraction, then modes at each kv_kept."""
-
-    def point(what: str, share: float, recipe: CompressionRecipe, model: PreTrainedModel) -> Point:
-        totals = plan(recipe, laboratory.source).totals
+    """One point after another, in the order of `variants`; the Grams of all layers are held."""
+    wanted = [
+        replace(variant, recipe=laboratory.calibrated(variant.recipe))
+        for variant in variants(methods=methods, kept=kept, modes=modes, kv_kept=kv_kept)
+    ]
+    plans = [plan(variant.recipe, laboratory.source) for variant in wanted]
+    weights: dict[str, LayerStatistics] | None = None
+    caches: dict[str, kv.KVStatistics] = {}
+    mode = None
+    for variant, ranks in zip(wanted, plans, strict=True):
+        if variant.mode is None:
+            weights = weights or laboratory.statistics(_strongest(wanted))
+            model = laboratory.with_weights(variant.recipe, weights)
+        else:
+            weights = None
+            if variant.mode != mode:
+                caches, mode = laboratory.kv_statistics(ranks), variant.mode
+            model = laboratory.with_projections(variant.recipe, caches)
         scored = laboratory.score(model)
-        return Point(
-            what=what,
-            kept=share,
+        yield Point(
+            what=variant.what,
+            kept=variant.kept,
             perplexity=scored,
             change_percent=100 * (scored / dense - 1),
-            checkpoint_bytes=totals.checkpoint_bytes,
-            kv_bytes_per_token=totals.kv_bytes_per_token,
+            checkpoint_bytes=ranks.totals.checkpoint_bytes,
+            kv_bytes_per_token=ranks.totals.kv_bytes_per_token,
         )
 
-    grams = laboratory.statistics() if methods and kept else {}
-    for share in kept:
-        for method in methods:
-            recipe = CompressionRecipe.model_validate(
-                {"weights": {"method": method, "kept": share}, "kv": {"kept": None}}
-            )
-            yield point(method, share, recipe, laboratory.with_weights(recipe, grams))
-    del grams
-    for mode in modes:
-        recipes = [
-            CompressionRecipe.model_validate(
-                {"weights": {"kept": 1.0}, "kv": {"mode": mode, "kept": share}}
-            )
-            for share in kv_kept
-        ]
-        if not recipes:
-            continue
-        projected = plan(recipes[0], laboratory.source).projected
-        moments = kv.collect(
-            laboratory.model,
-            laboratory.source.family,
-            laboratory.windows,
-            {path: projection.mode for path, projection in projected.items()},
-            laboratory.batch,
-            laboratory.progress,
-        )
-        for share, recipe in zip(kv_kept, recipes, strict=True):
-            yield point(f"kv {mode}", share, recipe, laboratory.with_projections(recipe, moments))
+
+def _strongest(wanted: Sequence[Variant]) -> Needs:
+    """What suffices for every method: each level includes those before it."""
+    levels: tuple[Needs, ...] = get_args(Needs)
+    needs = (variant.recipe.weights.method.needs for variant in wanted if variant.mode is None)
+    return max(needs, key=levels.index)

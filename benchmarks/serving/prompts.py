@@ -13,7 +13,7 @@ def cut(model: Path, text: Path, count: int, length: int) -> list[str]:
     """`count` passages of `length` tokens (special tokens come on top), spread over the text.
 
     Every passage starts elsewhere, so that no repeat is answered from the prefix cache. Raises
-    BenchmarkError where the tokenizer cannot be read or the text is too short.
+    BenchmarkError where tokenizer or text cannot be read, or the text is too short.
     """
     file = model / "tokenizer.json"
     if not file.is_file():
@@ -21,8 +21,20 @@ def cut(model: Path, text: Path, count: int, length: int) -> list[str]:
             f"{model} has no tokenizer.json.\n"
             "Remedy: save the tokenizer with tokenizer.save_pretrained of a fast tokenizer."
         )
-    content = text.read_text()
-    encoding = Tokenizer.from_file(str(file)).encode(content, add_special_tokens=False)
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchmarkError(
+            f"--text {text} cannot be read as UTF-8 ({error}).\nRemedy: give a UTF-8 text file."
+        ) from None
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more specific
+        raise BenchmarkError(
+            f"{file} is not a tokenizer that the tokenizers library reads ({error}).\n"
+            "Remedy: copy the model's tokenizer.json again."
+        ) from None
+    encoding = tokenizer.encode(content, add_special_tokens=False)
     spans = encoding.offsets
     last = len(spans) - length
     if last < count:

@@ -21,7 +21,7 @@ def compare(models: dict[str, Path], text: Path, protocol: Protocol, out: Path) 
     """
     protocol.check()
     for directory in models.values():
-        checkpoint.read_config(directory)
+        checkpoint.kv_bytes_per_token(directory)  # a config it cannot read is refused now
     raw = out / "raw"
     datasets = _datasets(next(iter(models.values())), text, protocol, raw)
     quality = {}
@@ -68,20 +68,20 @@ def _measure(
                 )
             )
             start_seconds = current.seconds
-            cache = metrics.cache_config(metrics.read(server.base_url))
+            cache = metrics.cache_config(metrics.read(server))
             current.note(f"KV cache of {cache.size_tokens} tokens")
         with step(f"{name}: warm-up") as current:
-            load.warm_up(server.base_url, directory, protocol)
+            load.warm_up(server, directory, protocol)
             # Time for the engine to fall idle: what is still busy then is not ours.
             time.sleep(1)
             background = busy(2)
             if background > NOISY:
                 current.note(f"the CPU is {background:.0%} busy with something else")
-        before = metrics.counters(metrics.read(server.base_url))
+        before = metrics.counters(metrics.read(server))
         sent = f"{protocol.repeats} x {protocol.requests} requests"
         with step(f"{name}: {sent}, {protocol.concurrency} at a time") as current:
             rounds = load.send(server.base_url, directory, protocol, datasets, raw, current.line)
-            counted = metrics.counters(metrics.read(server.base_url)) - before
+            counted = metrics.counters(metrics.read(server)) - before
             current.note(f"{counted.preemptions} preemptions")
     return Measured(
         name=name,

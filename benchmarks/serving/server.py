@@ -1,5 +1,7 @@
 """One vLLM OpenAI server in its own process group: start, wait until healthy, stop."""
 
+import http.client
+import json
 import os
 import re
 import signal
@@ -9,9 +11,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from benchmarks.serving.errors import BenchmarkError
 
@@ -31,8 +34,32 @@ class Server:
         try:
             with urllib.request.urlopen(f"{self.base_url}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
+        except (OSError, http.client.HTTPException):
             return False
+
+    def request(self, path: str, timeout: float, body: Mapping[str, Any] | None = None) -> str:
+        """What GET `path`, or POST of a JSON `body`, answers.
+
+        Raises BenchmarkError with the end of the server's log where it answers with an error, not
+        in `timeout` seconds, or not at all.
+        """
+        request = urllib.request.Request(
+            f"{self.base_url}{path}",
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                text: str = answer.read().decode()
+        except urllib.error.HTTPError as error:
+            said = error.read(500).decode(errors="replace")
+            raise BenchmarkError(
+                _failed(f"{path} answered {error.code} {error.reason}: {said}", self)
+            ) from None
+        except (OSError, http.client.HTTPException, UnicodeDecodeError) as error:
+            what = f"{path} gave no answer within {timeout:.0f} s ({error})"
+            raise BenchmarkError(_failed(what, self)) from None
+        return text
 
 
 def command(model: Path, port: int, flags: Sequence[str]) -> list[str]:

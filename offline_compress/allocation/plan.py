@@ -54,8 +54,24 @@ class CachePlan(_Frozen):
         return 2 * self.head_dim * self.projection.channels_per_token if self.projection else 0
 
 
+class CalibrationCost(_Frozen):
+    """What factorising holds in memory, and how often the model runs over the calibration text.
+
+    `gram_bytes` are those of the largest group of Grams held at once, in fp64; `workspace_bytes`
+    those of the largest factorisation; `weight_elements` are in memory in the compute dtype.
+    """
+
+    passes: int
+    gram_bytes: int
+    workspace_bytes: int
+    weight_elements: int
+
+
 class Totals(_Frozen):
-    """Sums over the plan; bytes are those of the stored dtype."""
+    """Sums over the plan: the dense side as the source stores it, the other in the plan's dtype.
+
+    What is copied is as the source stores it on both sides. KV bytes are of the plan's dtype.
+    """
 
     linear_parameters_dense: int
     linear_parameters: int
@@ -64,21 +80,23 @@ class Totals(_Frozen):
     checkpoint_bytes: int
     kv_bytes_per_token_dense: int
     kv_bytes_per_token: int
-    gram_bytes: int
 
 
 class RankPlan(_Frozen):
     """Keyed like the checkpoint's config: matrices by linear layer, caches by attention layer.
 
-    `other_bytes` are embeddings, norms, biases and lm_head, which are copied as they are.
-    `gram_widths` are the sizes n of the Grams [n, n] that calibration holds at once.
+    `source_bytes` are all tensors of the dense model on disk, `copied_bytes` those copied as they
+    are: embeddings, norms, biases, lm_head and the matrices that stay dense. `warnings` are one
+    line each.
     """
 
     dtype: Literal["BF16", "F16", "F32"]
     matrices: dict[str, MatrixPlan]
     caches: dict[str, CachePlan]
-    other_bytes: int
-    gram_widths: tuple[int, ...] = ()
+    source_bytes: int
+    copied_bytes: int
+    calibration: CalibrationCost
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, raw: Any) -> "RankPlan":
@@ -108,15 +126,15 @@ class RankPlan(_Frozen):
         dense = sum(plan.dense_parameters for plan in self.matrices.values())
         kept = sum(plan.parameters for plan in self.matrices.values())
         bases = sum(plan.basis_parameters for plan in self.caches.values())
+        factors = sum(plan.parameters for plan in self.matrices.values() if plan.rank is not None)
         return Totals(
             linear_parameters_dense=dense,
             linear_parameters=kept,
             linear_parameters_kept=kept / dense if dense else 1.0,
-            checkpoint_bytes_dense=dense * self.item_bytes + self.other_bytes,
-            checkpoint_bytes=(kept + bases) * self.item_bytes + self.other_bytes,
+            checkpoint_bytes_dense=self.source_bytes,
+            checkpoint_bytes=(factors + bases) * self.item_bytes + self.copied_bytes,
             kv_bytes_per_token_dense=self.item_bytes
             * sum(plan.dense_channels for plan in self.caches.values()),
             kv_bytes_per_token=self.item_bytes
             * sum(plan.channels for plan in self.caches.values()),
-            gram_bytes=4 * sum(width * width for width in self.gram_widths),
         )

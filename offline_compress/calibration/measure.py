@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from offline_compress.calibration.collect import run
+from offline_compress.calibration.run import run
 from offline_compress.progress import Progress, silent
 
 
@@ -41,9 +41,5 @@ def output_errors(
     hooks = [
         model.get_submodule(path).register_forward_pre_hook(loss) for path, loss in losses.items()
     ]
-    try:
-        run(model, windows, batch, progress, "held-out error")
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run(model, windows, batch, hooks, progress, "held-out error")
     return {path: loss.lost / loss.total if loss.total else 0.0 for path, loss in losses.items()}

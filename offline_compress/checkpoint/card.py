@@ -27,9 +27,10 @@ def card(plan: RankPlan, recipe: CompressionRecipe, measured: Measurements) -> s
             "Served by stock vLLM with the vllm-svd plugin: `vllm serve <this directory>`.\n",
             *_overview(plan, measured),
             "",
-            f"Perplexity is per token, over {measured.held_out_tokens} tokens of "
-            f"`{measured.text}` in windows of {measured.context}, held out from the "
-            f"{measured.calibration_tokens} tokens of calibration.\n",
+            f"Perplexity is per token, over {measured.scored_tokens} scored tokens of the "
+            f"{measured.held_out_tokens} at the end of `{measured.text}`, in non-overlapping "
+            f"windows of {measured.context}, held out from the {measured.calibration_tokens} "
+            f"tokens of calibration. SHA-256 of `{measured.text}`: `{measured.text_sha256}`.\n",
             "## Errors\n",
             *_errors(measured),
             "",

@@ -29,12 +29,16 @@ class CacheError(_Frozen):
 
 
 class Measurements(_Frozen):
-    """`perplexity` is per token, over `held_out_tokens` tokens in windows of `context`."""
+    """`perplexity` is per scored token: of `held_out_tokens` at the end of `text`, in windows of
+    `context`, `scored_tokens` had something before them.
+    """
 
     base_model: str
     text: str
+    text_sha256: str
     calibration_tokens: int
     held_out_tokens: int
+    scored_tokens: int
     context: int
     perplexity_dense: float
     perplexity: float

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from safetensors import safe_open
 
+from offline_compress import reference
 from offline_compress.checkpoint.measurements import MEASUREMENTS_FILE
 from offline_compress.checkpoint.shards import MAX_SHARD_BYTES, Pending, write_shards
 from offline_compress.methods import LowRankFactors
@@ -37,6 +38,7 @@ def restore(
     """
     ensure_vacant(dense)
     config = verify(compressed)
+    reference.check(compressed, config)
     manifest = read_manifest(compressed)
     tensors = _tensors(compressed, config, manifest)
     companions = [

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from offline_compress import reference
 from offline_compress.allocation import RankPlan
 from offline_compress.checkpoint.card import card
 from offline_compress.checkpoint.measurements import MEASUREMENTS_FILE, Measurements
@@ -16,7 +17,6 @@ from offline_compress.kv.projection import KVBases
 from offline_compress.methods import LowRankFactors
 from offline_compress.progress import Progress, silent
 from offline_compress.recipe import CompressionRecipe
-from offline_compress.staging import staged
 from offline_compress.weights import Source
 from vllm_svd.format import SvdCheckpointConfig, verify
 
@@ -30,7 +30,7 @@ def bytes_needed(source: Source, plan: RankPlan) -> int:
 
 
 def write(
-    out: Path,
+    directory: Path,
     *,
     source: Source,
     recipe: CompressionRecipe,
@@ -41,26 +41,26 @@ def write(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = silent,
 ) -> None:
-    """Write, verify, then rename into place; factors and bases come in the dtype to store.
+    """Write into a staged directory and verify; factors and bases come in the dtype to store.
 
-    Tensors that are not compressed are copied from the source bit for bit. Raises OutputError if
-    `out` exists or cannot be written; nothing is left behind.
+    Tensors that are not compressed are copied from the source bit for bit; no path of this machine
+    is written. Raises CheckpointFormatError if what was written does not verify.
     """
+    recipe = recipe.without_directories()
     config = SvdCheckpointConfig(
         method=recipe.weights.method.name if factors else "dense",
         modules={path: factor.config() for path, factor in factors.items()},
         kv={path: basis.config for path, basis in bases.items()},
     )
-    with staged(out, bytes_needed(source, plan)) as directory:
-        write_shards(directory, _tensors(source, factors, bases), max_shard_bytes, progress)
-        _write_config(source.directory / "config.json", directory / "config.json", config)
-        for companion in source.companions():
-            shutil.copyfile(companion, directory / companion.name)
-        (directory / "recipe.yaml").write_text(recipe.yaml())
-        (directory / "plan.json").write_text(plan.model_dump_json(indent=1) + "\n")
-        (directory / MEASUREMENTS_FILE).write_text(measured.model_dump_json(indent=1) + "\n")
-        (directory / "README.md").write_text(card(plan, recipe, measured))
-        verify(directory)
+    write_shards(directory, _tensors(source, factors, bases), max_shard_bytes, progress)
+    _write_config(source.directory / "config.json", directory / "config.json", config)
+    for companion in source.companions():
+        shutil.copyfile(companion, directory / companion.name)
+    (directory / "recipe.yaml").write_text(recipe.yaml())
+    (directory / "plan.json").write_text(plan.model_dump_json(indent=1) + "\n")
+    (directory / MEASUREMENTS_FILE).write_text(measured.model_dump_json(indent=1) + "\n")
+    (directory / "README.md").write_text(card(plan, recipe, measured))
+    reference.check(directory, verify(directory))
 
 
 def _tensors(

@@ -2,6 +2,6 @@
 
 from offline_compress.kv.collect import collect
 from offline_compress.kv.projection import KVBases, kv_error, project
-from offline_compress.kv.statistics import KVStatistics, Mode
+from offline_compress.kv.statistics import KVStatistics
 
-__all__ = ["KVBases", "KVStatistics", "Mode", "collect", "kv_error", "project"]
+__all__ = ["KVBases", "KVStatistics", "collect", "kv_error", "project"]

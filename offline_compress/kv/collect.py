@@ -6,21 +6,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from offline_compress.allocation import Mode
+from offline_compress.calibration.run import run
 from offline_compress.families import Family, head_dim
 from offline_compress.kv.rope import Rope
-from offline_compress.kv.statistics import KVStatistics, Mode
-from offline_compress.progress import Progress
+from offline_compress.kv.statistics import KVStatistics
+from offline_compress.progress import Progress, silent
 from vllm_svd.errors import SvdError
 
 
-@torch.inference_mode()
 def collect(
     model: PreTrainedModel,
     family: Family,
     windows: torch.Tensor,
     modes: Mapping[str, Mode],
     batch: int,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, KVStatistics]:
     """Statistics of every attention layer in `modes` (its path -> pre or post).
 
@@ -28,28 +29,14 @@ def collect(
     per head are held, in fp64 on the model's device. Raises SvdError for no windows, and for an
     activation that is not finite, naming the layer.
     """
-    if windows.ndim != 2 or windows.numel() == 0 or batch < 1:
-        raise SvdError(
-            f"calibration windows of shape {list(windows.shape)} with batch {batch} hold no tokens"
-            "\nRemedy: give token ids [samples, context] and a batch of at least 1"
-        )
-    context = windows.shape[1]
     rope = Rope.of(model)
-    moments = {path: _Moments(model, path, mode, rope) for path, mode in modes.items()}
+    moments = {path: _HeadMoments(model, path, mode, rope) for path, mode in modes.items()}
     hooks = [hook for layer in moments.values() for hook in layer.hooks(family)]
-    try:
-        for start in range(0, len(windows), batch):
-            chunk = windows[start : start + batch]
-            model.base_model(input_ids=chunk.to(model.device), use_cache=False)
-            if progress is not None:
-                progress("K/V statistics", start + len(chunk), len(windows))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {path: layer.statistics(windows.numel(), context) for path, layer in moments.items()}
+    run(model, windows, batch, hooks, progress, "K/V statistics")
+    return {path: layer.statistics(*windows.shape) for path, layer in moments.items()}
 
 
-class _Moments:
+class _HeadMoments:
     """Running sums [kv_heads, d, d] of x x^T for the query, key and value of one layer."""
 
     def __init__(self, model: PreTrainedModel, path: str, mode: Mode, rope: Rope) -> None:
@@ -92,7 +79,9 @@ class _Moments:
             )
         self.sums[role] = self.sums[role] + moment if role in self.sums else moment
 
-    def statistics(self, tokens: int, context: int) -> KVStatistics:
+    @torch.inference_mode()
+    def statistics(self, samples: int, context: int) -> KVStatistics:
+        tokens = samples * context
         query, key, value = (self.sums[role] / tokens for role in ("query", "key", "value"))
         attention = self.model.get_submodule(self.path)
         if self.mode == "pre":

@@ -1,11 +1,10 @@
 """What calibration says about the keys and values of one attention layer, and who reads them."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-Mode = Literal["pre", "post"]
+from offline_compress.allocation import Mode
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import torch
 
 from offline_compress.linalg.symmetric import eigh, symmetrised
 
-# GPTQ damps by 1e-2 of the mean diagonal; most Grams need none.
-DAMPING_LADDER = (0.0, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2)
+# GPTQ damps by 1e-2 of the mean diagonal; most Grams need none. Below 1e-8 the rungs are for a
+# channel of outliers, which raises the mean diagonal far above all others.
+DAMPING_LADDER = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2)
 
 
 class Cholesky(NamedTuple):
@@ -25,12 +26,16 @@ def cholesky(gram: torch.Tensor) -> Cholesky:
     """
     symmetric = symmetrised(gram)
     mean = symmetric.diagonal().mean()
-    ridge = torch.eye(len(symmetric)).to(symmetric) * (mean if mean > 0 else 1.0)
+    unit = mean if mean > 0 else torch.ones_like(mean)
+    diagonal = symmetric.diagonal().clone()
     for damping in DAMPING_LADDER:
-        factor, info = torch.linalg.cholesky_ex(symmetric + damping * ridge)
+        symmetric.diagonal().copy_(diagonal + damping * unit)
+        factor, info = torch.linalg.cholesky_ex(symmetric)
         if not info:
             return Cholesky(factor, damping)
     # Rounding left the Gram indefinite beyond the ladder: project it on the PSD cone first.
+    symmetric.diagonal().copy_(diagonal)
     values, vectors = eigh(symmetric)
     projection = (vectors * values) @ vectors.T
-    return Cholesky(torch.linalg.cholesky(projection + DAMPING_LADDER[-1] * ridge), damping)
+    projection.diagonal().add_(damping * unit)
+    return Cholesky(torch.linalg.cholesky(projection), damping)

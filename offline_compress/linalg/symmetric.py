@@ -15,7 +15,7 @@ class Spectrum(NamedTuple):
 def symmetrised(matrix: torch.Tensor) -> torch.Tensor:
     """(M + M^T) / 2 in fp64, [n, n]."""
     double = matrix.double()
-    return (double + double.T) / 2
+    return (double + double.T).div_(2)
 
 
 def eigh(matrix: torch.Tensor) -> Spectrum:

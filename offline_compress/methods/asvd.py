@@ -4,12 +4,12 @@ W S = U Sigma V^T with S = diag(s) [n, n], s_j = (E|x_j|)^alpha; B = U_r, A = Si
 Exact decomposition in place of the published code's randomised one; the ranks come from the plan.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from offline_compress.calibration import LayerStatistics
+from offline_compress.calibration import LayerStatistics, Needs
 from offline_compress.linalg import left_of_matrix
 from offline_compress.methods.method import Factorization, projected
 
@@ -20,6 +20,8 @@ class Asvd(BaseModel):
     """Scales each input channel by its mean magnitude; alpha 0 is plain svd."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    needs: ClassVar[Needs] = "mean_abs"
 
     name: Literal["asvd"] = "asvd"
     alpha: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
@@ -36,5 +38,5 @@ class Asvd(BaseModel):
         self, weight: torch.Tensor, statistics: LayerStatistics, rank: int
     ) -> Factorization:
         """The metric of the loss is diag(s^2)."""
-        scaled = weight.double() * self.scale(statistics.mean_abs)
+        scaled = weight.double() * self.scale(statistics.gathered("mean_abs"))
         return projected(weight, left_of_matrix(scaled, rank))

@@ -28,11 +28,10 @@ class LowRankFactors:
 
     def output_error(self, weight: torch.Tensor, gram: torch.Tensor) -> float:
         """tr(E C E^T) / tr(W C W^T), the relative output error: E = W - B A, C the Gram [n, n]."""
-        reference = weight.double()
-        error, second_moment = reference - self.dense(), gram.double()
-        lost = torch.einsum("mi,ij,mj->", error, second_moment, error)
-        total = torch.einsum("mi,ij,mj->", reference, second_moment, reference)
-        return float(lost / total) if total > 0 else 0.0
+        reference, second_moment = weight.double(), gram.double()
+        total = _energy(reference, second_moment)
+        lost = _energy(reference - self.dense(), second_moment)
+        return lost / total if total > 0 else 0.0
 
     def config(self) -> LowRank:
         """The entry of this weight in the checkpoint's config."""
@@ -41,3 +40,8 @@ class LowRankFactors:
     def tensors(self, path: str) -> dict[str, torch.Tensor]:
         """Checkpoint tensors of the linear layer at `path`."""
         return {f"{path}.A": self.A.contiguous(), f"{path}.B": self.B.contiguous()}
+
+
+def _energy(matrix: torch.Tensor, gram: torch.Tensor) -> float:
+    """tr(M C M^T)."""
+    return float(torch.dot((matrix @ gram).flatten(), matrix.flatten()))

@@ -1,11 +1,11 @@
 """What a compression method is: a frozen config that factorises one weight at a rank it is told."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
-from offline_compress.calibration import LayerStatistics
+from offline_compress.calibration import LayerStatistics, Needs
 from offline_compress.linalg import Truncation
 from offline_compress.methods.factors import LowRankFactors
 
@@ -14,9 +14,9 @@ from offline_compress.methods.factors import LowRankFactors
 class Factorization:
     """Factors in fp64 and what they lose.
 
-    `loss` is the dropped tail: tr(E M E^T) / tr(W M W^T) with E = W - B A, in the metric M [n, n]
-    that the method minimises (the Gram itself for svd_llm). `damping` is relative to the mean
-    diagonal of that metric.
+    `loss` is tr(E M E^T) / tr(W M W^T) with E = W - B A, in the metric M [n, n] that the method
+    minimises: the dropped tail. For svd_llm M is the Gram itself, without the damping, which is
+    relative to its mean diagonal.
     """
 
     factors: LowRankFactors
@@ -27,6 +27,8 @@ class Factorization:
 class Method(Protocol):
     """A member of the recipe's union: pydantic, frozen, told apart by `name`."""
 
+    needs: ClassVar[Needs]
+
     @property
     def name(self) -> str: ...
 
@@ -35,6 +37,16 @@ class Method(Protocol):
     ) -> Factorization:
         """Approximate W [m, n] by B [m, rank] @ A [rank, n]."""
         ...
+
+
+def workspace_bytes(out_features: int, in_features: int) -> int:
+    """fp64 bytes that factorising W [m, n] takes at most, beside W and its Gram.
+
+    Five matrices of the shape of W (copies and errors of it, both factors) and six of its smaller
+    side squared (eigenvectors and LAPACK's workspace); measured within 1.4 times the real peak.
+    """
+    smaller = min(out_features, in_features)
+    return 8 * (5 * out_features * in_features + 6 * smaller * smaller)
 
 
 def projected(weight: torch.Tensor, truncation: Truncation, damping: float = 0.0) -> Factorization:

@@ -3,12 +3,12 @@
 min ||W - B A||_F over B [m, r], A [r, n]: W = U Sigma V^T, B = U_r, A = Sigma_r V_r^T.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from offline_compress.calibration import LayerStatistics
+from offline_compress.calibration import LayerStatistics, Needs
 from offline_compress.linalg import left_of_matrix
 from offline_compress.methods.method import Factorization, projected
 
@@ -17,6 +17,8 @@ class Svd(BaseModel):
     """Ignores the data: every input direction counts the same."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    needs: ClassVar[Needs] = "nothing"
 
     name: Literal["svd"] = "svd"
 

@@ -5,13 +5,14 @@ For m <= n, U are the eigenvectors of W C W^T [m, m], the inverse-free form of S
 2604.01609); for m > n, S = L of Cholesky and L^T W^T W L [n, n]. Both take A = U_r^T W.
 """
 
-from typing import Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from offline_compress.calibration import LayerStatistics
-from offline_compress.linalg import cholesky, left_of_gram, left_of_matrix, symmetrised
+from offline_compress.calibration import LayerStatistics, Needs
+from offline_compress.linalg import cholesky, left_of_gram, left_of_matrix
 from offline_compress.methods.method import Factorization, projected
 
 
@@ -20,18 +21,22 @@ class SvdLlm(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    needs: ClassVar[Needs] = "gram"
+
     name: Literal["svd_llm"] = "svd_llm"
 
     def factorize(
         self, weight: torch.Tensor, statistics: LayerStatistics, rank: int
     ) -> Factorization:
-        """The metric of the loss is the Gram."""
+        """The metric of the loss is the Gram, without damping."""
         rows, columns = weight.shape
-        gram = symmetrised(statistics.gram)
+        gram = statistics.gathered("gram").double()
         if not gram.trace() > 0:  # inputs never seen alive say nothing: plain truncation
-            return projected(weight, left_of_matrix(weight.double(), rank))
-        form = output_form if rows <= columns else input_form
-        return form(weight, gram, rank)
+            found = projected(weight, left_of_matrix(weight.double(), rank))
+        else:
+            form = output_form if rows <= columns else input_form
+            found = form(weight, gram, rank)
+        return replace(found, loss=found.factors.output_error(weight, gram))
 
 
 def output_form(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> Factorization:

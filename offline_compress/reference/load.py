@@ -1,18 +1,29 @@
 """Load a dense or compressed checkpoint directory as a transformers model."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from offline_compress.families import family_of
+from offline_compress.families import Family, family_of, head_dim, layer_paths
 from offline_compress.kv.projection import KVBases
 from offline_compress.methods.factors import LowRankFactors
 from offline_compress.reference.latent_kv import install_kv
 from offline_compress.reference.low_rank import install_factors
+from offline_compress.weights import (
+    TORCH_DTYPES,
+    DType,
+    SourceError,
+    meta_model,
+    model_config,
+    open_source,
+)
 from vllm_svd.errors import CheckpointFormatError, SvdError
-from vllm_svd.format import QUANT_METHOD, SvdCheckpointConfig, verify
+from vllm_svd.format import QUANT_METHOD, Manifest, SvdCheckpointConfig, verify
 from vllm_svd.format.config import read_json
 from vllm_svd.format.manifest import read_manifest
 
@@ -22,19 +33,71 @@ def load(
 ) -> PreTrainedModel:
     """The model in `directory`, in evaluation mode on `device`, in `dtype` or the config's own.
 
+    RoPE frequencies stay in fp32 whatever `dtype` is; `.to(dtype)` on the result would round them.
     Raises CheckpointFormatError if a compressed checkpoint is damaged or incomplete, and SvdError
     if a dense one is, or if another quantisation method wrote it.
     """
     directory = Path(directory)
-    quantization = read_json(directory / "config.json").get("quantization_config")
-    if quantization is None:
+    if not _is_compressed(directory):
         return _load_dense(directory, dtype).to(device).eval()
-    if quantization.get("quant_method") != QUANT_METHOD:
+    return _load_compressed(directory, verify(directory), dtype).to(device).eval()
+
+
+def describe(directory: Path) -> tuple[PretrainedConfig, torch.dtype]:
+    """The config of a dense or compressed model and the dtype it is stored in.
+
+    Checks everything but the contents of the shards; raises what `load` raises.
+    """
+    if not directory.is_dir():
+        raise SourceError(
+            f"{directory}: no such directory\nRemedy: give a dense or compressed checkpoint"
+        )
+    if not _is_compressed(directory):
+        source = open_source(str(directory))
+        return source.config, source.torch_dtype
+    model = check(directory, verify(directory, contents=False))
+    return model.config, model.dtype
+
+
+def check(
+    directory: Path, config: SvdCheckpointConfig, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The compressed model on the meta device, in `dtype` or the one it is stored in.
+
+    Raises CheckpointFormatError with everything in which config.json and the manifest differ from
+    the model.
+    """
+    try:
+        of_model = model_config(directory)
+        if getattr(of_model, "quantization_config", None) is not None:
+            del of_model.quantization_config  # transformers has no quantiser of that name
+        family = family_of(of_model)
+        dense = cast(PreTrainedModel, meta_model(directory, of_model))
+    except SourceError as error:
+        raise CheckpointFormatError(
+            str(directory), [str(error).partition("\n")[0]], "restore config.json as it was written"
+        ) from None
+    manifest = read_manifest(directory)
+    problems = _misfits(dense, family, config)
+    if not problems:
+        model = _skeleton(dense, family, config, dtype or _stored_dtype(of_model, config, manifest))
+        problems = _differences(model, manifest)
+    if problems:
+        raise CheckpointFormatError(
+            str(directory), problems, "compress the model again; config.json names another shape"
+        )
+    return model
+
+
+def _is_compressed(directory: Path) -> bool:
+    """Whether `directory` holds a quantization_config; raises SvdError for another method's."""
+    quantization = read_json(directory / "config.json").get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") != QUANT_METHOD:
         raise SvdError(
             f"{directory} is quantised with {quantization.get('quant_method')!r}; accepted are "
             f"dense checkpoints and {QUANT_METHOD!r}\nRemedy: start from the dense checkpoint"
         )
-    return _load_compressed(directory, verify(directory), dtype).to(device).eval()
+    return quantization is not None
 
 
 def _load_dense(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -48,7 +111,7 @@ def _load_dense(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SvdError(
             f"{directory} cannot be loaded: {error}\n"
             "Remedy: give a complete Hugging Face directory with safetensors weights"
@@ -67,52 +130,74 @@ def _load_dense(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 def _load_compressed(
     directory: Path, config: SvdCheckpointConfig, dtype: torch.dtype | None
 ) -> PreTrainedModel:
-    model_config = AutoConfig.from_pretrained(
-        directory, local_files_only=True, trust_remote_code=False
-    )
-    del model_config.quantization_config  # transformers has no quantiser of that name
-    dtype = dtype or model_config.dtype or torch.get_default_dtype()
-    model = _skeleton(model_config, config, dtype)
+    model = check(directory, config, dtype)
+    # RoPE frequencies are computed, never stored
+    model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=model.config)
     state = {
-        name: tensor.to(dtype)
+        name: tensor.to(model.dtype)
         for shard in read_manifest(directory).shards
         for name, tensor in load_file(directory / shard).items()
     }
-    tied = model.all_tied_weights_keys if model_config.tie_word_embeddings else {}
-    if problems := _differences(model, state, set(tied)):
-        raise CheckpointFormatError(
-            str(directory), problems, "compress the model again; config.json names another shape"
-        )
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     return model
 
 
+def _misfits(dense: PreTrainedModel, family: Family, config: SvdCheckpointConfig) -> list[str]:
+    """Modules that config.json compresses and the model does not have, or not in that shape."""
+    modules = dict(dense.named_modules())
+    attentions = {f"{layer}.{family.attention}" for layer in layer_paths(dense.config)}
+    heads = [dense.config.num_key_value_heads, head_dim(dense.config)]
+    problems = []
+    for path, module in config.modules.items():
+        linear = modules.get(path)
+        shape = [module.out_features, module.in_features]
+        if not isinstance(linear, nn.Linear):
+            problems.append(f"{path}: compressed in config.json, no linear layer of the model")
+        elif list(linear.weight.shape) != shape:
+            found = list(linear.weight.shape)
+            problems.append(f"{path}: factors of a {shape} matrix, the model has {found}")
+    for path, projection in config.kv.items():
+        given = [projection.num_kv_heads, projection.head_dim]
+        if path not in attentions:
+            problems.append(f"{path}: projected in config.json, no attention layer of the model")
+        elif given != heads:
+            problems.append(
+                f"{path}: bases for {given[0]} KV heads of size {given[1]}, the model has "
+                f"{heads[0]} of size {heads[1]}"
+            )
+    return problems
+
+
+def _stored_dtype(
+    of_model: PretrainedConfig, config: SvdCheckpointConfig, manifest: Manifest
+) -> torch.dtype:
+    if of_model.dtype is not None:
+        return cast(torch.dtype, of_model.dtype)
+    stored = [*config.tensors(), *manifest.tensors]
+    return TORCH_DTYPES[cast(DType, manifest.tensors[stored[0]].dtype)]
+
+
 def _skeleton(
-    model_config: PretrainedConfig, config: SvdCheckpointConfig, dtype: torch.dtype
+    dense: PreTrainedModel, family: Family, config: SvdCheckpointConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
     """The compressed model with every parameter on the meta device."""
-    family = family_of(model_config)
+    model = dense.to(dtype)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            model_config, dtype=dtype, trust_remote_code=False
-        )
         for path, module in config.modules.items():
             factors = (torch.empty(shape) for shape in module.tensors(path).values())
             install_factors(model, path, LowRankFactors(*factors))
         for path, projection in config.kv.items():
             bases = (torch.empty(shape) for shape in projection.tensors(path).values())
             install_kv(model, family, path, KVBases(projection, *bases))
-    # RoPE frequencies are computed, never stored
-    model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=model_config)
     return model
 
 
-def _differences(
-    model: PreTrainedModel, state: dict[str, torch.Tensor], tied: set[str]
-) -> list[str]:
+def _differences(model: PreTrainedModel, manifest: Manifest) -> list[str]:
+    """Names and shapes of the stored tensors against the model's."""
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: list(tensor.shape) for name, tensor in state.items()}
+    found = {name: list(record.shape) for name, record in manifest.tensors.items()}
     return [
         *(f"{name}: missing" for name in sorted(expected.keys() - found.keys() - tied)),
         *(f"{name}: not part of this model" for name in sorted(found.keys() - expected.keys())),

@@ -1,14 +1,13 @@
 """Reading the dense model."""
 
-from offline_compress.weights.source import (
+from offline_compress.weights.shards import (
     TORCH_DTYPES,
     DType,
-    Source,
     SourceError,
     item_bytes,
-    open_source,
     shard_errors,
 )
+from offline_compress.weights.source import Source, meta_model, model_config, open_source
 
 __all__ = [
     "TORCH_DTYPES",
@@ -16,6 +15,8 @@ __all__ = [
     "Source",
     "SourceError",
     "item_bytes",
+    "meta_model",
+    "model_config",
     "open_source",
     "shard_errors",
 ]

@@ -68,8 +68,10 @@ def full_rank_weights(model: Path, out: Path) -> Path:
     measured = Measurements(
         base_model=model.name,
         text="none",
+        text_sha256="",
         calibration_tokens=0,
         held_out_tokens=0,
+        scored_tokens=0,
         context=0,
         perplexity_dense=0,
         perplexity=0,
@@ -78,6 +80,7 @@ def full_rank_weights(model: Path, out: Path) -> Path:
         versions={},
     )
     ranks = plan(recipe, source)
+    out.mkdir()
     write(
         out, source=source, recipe=recipe, plan=ranks, factors=factors, bases={}, measured=measured
     )

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offline_compress.allocation import (
+    CalibrationCost,
     KVBudget,
     LayerOverride,
     RankPlan,
@@ -112,8 +113,11 @@ def plan():
             {"q": (64, 64), "gate": (160, 64)}, kept=0.5, rank_multiple=1, method="asvd"
         ),
         caches=plan_caches(["attention"], 2, 32, KVBudget(kept=0.25)),
-        other_bytes=1000,
-        gram_widths=(64, 64),
+        source_bytes=60_000,
+        copied_bytes=1000,
+        calibration=CalibrationCost(
+            passes=1, gram_bytes=65_536, workspace_bytes=9, weight_elements=15_000
+        ),
     )
 
 
@@ -125,7 +129,7 @@ def test_totals_are_the_sums_of_the_parts(plan):
     bases = sum(_size(shape) for shape in plan.projected["attention"].tensors("x").values())
     assert totals.checkpoint_bytes == 2 * (totals.linear_parameters + bases) + 1000
     assert (totals.kv_bytes_per_token_dense, totals.kv_bytes_per_token) == (256, 64)
-    assert totals.gram_bytes == 2 * 4 * 64 * 64
+    assert totals.checkpoint_bytes_dense == 60_000
 
 
 def test_a_plan_survives_its_file(plan):

@@ -1,5 +1,7 @@
 """Perplexity: the protocol, token by token."""
 
+import math
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -54,7 +56,8 @@ def test_with_bos_every_token_of_the_text_is_scored(model, tokens):
     measured = perplexity(model, tokens, context=32, batch=2, bos=1)
     assert (measured.tokens, measured.windows, measured.context) == (100, 4, 32)
     assert measured.nll == pytest.approx(sum(losses) / 100, rel=1e-5)
-    assert measured.perplexity == pytest.approx(torch.tensor(measured.nll).double().exp().item())
+    assert measured.perplexity == math.exp(measured.nll)
+    assert (measured.stride, measured.bos, measured.dtype) == (31, True, "float32")
 
 
 def test_without_bos_the_first_token_of_each_window_is_not_scored(model, tokens):
@@ -62,6 +65,8 @@ def test_without_bos_the_first_token_of_each_window_is_not_scored(model, tokens)
     losses = [loss for window in windows for loss in negative_log_likelihoods(model, window)]
     measured = perplexity(model, tokens, context=32, batch=3)
     assert (measured.tokens, measured.windows) == (96, 4)
+    assert (measured.stride, measured.bos) == (32, False)
+    assert "32 tokens, the first unscored" in str(measured)
     assert measured.nll == pytest.approx(sum(losses) / 96, rel=1e-5)
 
 
@@ -102,6 +107,21 @@ def test_logits_that_are_not_finite_are_refused(tiny_checkpoint, tokens):
     model.lm_head.weight.data[0] = float("nan")
     with pytest.raises(SvdError, match="not finite"):
         perplexity(model, tokens % model.config.vocab_size, 32, 4)
+
+
+def test_a_perplexity_beyond_fp64_is_refused(tiny_checkpoint, tokens):
+    model = load(tiny_checkpoint("qwen3"), "cpu", torch.float32)
+    model.lm_head.weight.data *= 1e6
+    with pytest.raises(SvdError, match="not finite"):
+        perplexity(model, tokens % model.config.vocab_size, 32, 4)
+
+
+def test_a_context_beyond_the_positions_is_refused(model):
+    positions = model.config.max_position_embeddings
+    text = torch.full((2 * positions,), 3)
+    assert perplexity(model, text[:positions], positions, 1).windows == 1
+    with pytest.raises(SvdError, match=f"{positions + 1} tokens exceeds the model's {positions}"):
+        perplexity(model, text, positions + 1, 1)
 
 
 def test_text_is_one_string_without_special_tokens(tmp_path):

@@ -1,5 +1,8 @@
 """Identities and orderings of the weight methods."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 
 from offline_compress.calibration import LayerStatistics
 from offline_compress.linalg import left_of_gram
-from offline_compress.methods import Asvd, LowRankFactors, Svd, SvdLlm
+from offline_compress.methods import Asvd, LowRankFactors, Svd, SvdLlm, workspace_bytes
 from offline_compress.methods.svd_llm import input_form, output_form
 
 METHODS = (Svd(), Asvd(), SvdLlm())
@@ -106,6 +109,67 @@ def test_both_forms_of_svd_llm_agree(rows, columns, seed, data):
     torch.testing.assert_close(
         inner.factors.dense() @ gram, outer.factors.dense() @ gram, rtol=0, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("kind", ["singular", "dead channels", "outliers", "one token"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_svd_llm_reports_the_loss_under_the_gram_without_damping(shape, kind):
+    """Where the Gram is singular the tall form damps, and the tail it drops is another."""
+    weight, statistics = normal(*shape), statistics_of(hostile(kind, shape[1]))
+    rank = min(shape) // 4
+    found = SvdLlm().factorize(weight, statistics, rank)
+    assert found.loss == found.factors.output_error(weight, statistics.gram)
+    tail = left_of_gram(weight @ statistics.gram @ weight.T, rank).loss
+    assert found.loss == pytest.approx(tail, rel=1e-5, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("method", "needs"), [(Svd(), "nothing"), (Asvd(), "mean_abs"), (SvdLlm(), "gram")]
+)
+def test_a_method_reads_no_more_than_it_says(method, needs):
+    statistics = statistics_of(correlated(20))
+    given = {
+        "nothing": LayerStatistics(),
+        "mean_abs": LayerStatistics(mean_abs=statistics.mean_abs),
+        "gram": LayerStatistics(statistics.gram),
+    }
+    assert method.needs == needs
+    weight = normal(30, 20)
+    full = method.factorize(weight, statistics, 5).factors.dense()
+    assert torch.equal(method.factorize(weight, given[needs], 5).factors.dense(), full)
+    if needs != "nothing":
+        with pytest.raises(LookupError, match=f"gathered no {needs}"):
+            method.factorize(weight, LayerStatistics(), 5)
+
+
+@pytest.mark.parametrize("shape", [(1000, 2000), (2000, 1000), (1400, 1400)], ids=str)
+def test_the_planned_workspace_is_the_peak_of_a_factorisation(shape):
+    script = """
+import sys, torch
+from offline_compress.calibration import LayerStatistics
+from offline_compress.methods import SvdLlm
+
+def status(field):
+    rows = open("/proc/self/status").read().splitlines()
+    return int(next(row for row in rows if row.startswith(field)).split()[1]) * 1024
+
+def of(m, n):
+    x = torch.randn(n, n, dtype=torch.float64)
+    return torch.randn(m, n), LayerStatistics(x.T @ x)
+
+torch.set_num_threads(1)
+for small in ((200, 300), (300, 200)):  # libraries allocate at their first call
+    SvdLlm().factorize(*of(*small), 50)
+weight, statistics = of(*map(int, sys.argv[1:]))
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts over
+before = status("VmRSS")
+SvdLlm().factorize(weight, statistics, min(weight.shape) // 2)
+print(status("VmHWM") - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, shape)], capture_output=True, text=True, check=True
+    )
+    assert 0.6 < int(done.stdout) / workspace_bytes(*shape) < 1
 
 
 def test_both_forms_equal_the_published_one_with_its_inverse():

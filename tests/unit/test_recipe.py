@@ -5,7 +5,7 @@ import yaml
 from pydantic import ValidationError
 
 from offline_compress.methods import Asvd, SvdLlm
-from offline_compress.recipe import FLAGS, CompressionRecipe, RecipeError, load
+from offline_compress.recipe import FLAGS, CompressionRecipe, RecipeError, load, load_valid
 
 
 @pytest.fixture
@@ -96,6 +96,21 @@ def test_every_problem_is_named_with_its_path_flag_and_what_is_accepted(write):
     assert "kv.layers.0.rank: unknown; accepted here are mode, k_rank, v_rank" in text
     assert "weights.method.beta: unknown; accepted here are name, alpha" in text
     assert "extra: unknown; accepted here are weights, kv, calibration, evaluation" in text
+
+
+def test_the_valid_part_of_a_recipe_survives_the_rest(write):
+    path = write("weights: {kept: 3, rank_multiple: 4}\nkv: 5\ncalibration: {samples: 9}\nx: 1")
+    recipe, error = load_valid(path, {"--text": "a.txt", "--kv-mode": "post"})
+    assert len(error.problems) == 3
+    assert (recipe.weights.kept, recipe.weights.rank_multiple) == (0.8, 4)
+    assert (recipe.calibration.samples, recipe.calibration.text) == (9, "a.txt")
+    assert load_valid(None, {"--kept": 0.7})[1] is None
+
+
+def test_a_recipe_to_publish_holds_no_directory():
+    recipe = CompressionRecipe.model_validate({"calibration": {"text": "/home/me/corpus.txt"}})
+    assert recipe.without_directories().calibration.text == "corpus.txt"
+    assert CompressionRecipe().without_directories() == CompressionRecipe()
 
 
 def test_an_unknown_method_lists_the_known_ones():

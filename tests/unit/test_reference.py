@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from offline_compress.families import family_of, head_dim, layer_paths
 from offline_compress.kv import collect, project
 from offline_compress.methods.factors import LowRankFactors
-from offline_compress.reference import install_factors, install_kv, load
+from offline_compress.reference import describe, install_factors, install_kv, load
 from vllm_svd.errors import CheckpointFormatError, SvdError
 from vllm_svd.format import (
     KVProjection,
@@ -304,7 +304,17 @@ def test_a_damaged_shard_is_refused_before_it_is_loaded(dense, statistics, tmp_p
 def test_a_dense_directory_loads_as_it_is(tiny_checkpoint):
     model = load(tiny_checkpoint("llama"), "cpu", torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert not model.training
+
+
+def test_the_stored_dtype_is_known_before_loading(dense, statistics, tiny_checkpoint, tmp_path):
+    _, state, config = compressed(dense, statistics)
+    write(tmp_path, dense.config, state, config)
+    for directory in (tmp_path, tiny_checkpoint("llama")):
+        found, dtype = describe(directory)
+        assert dtype == load(directory, "cpu").dtype == torch.float32
+        assert found.num_hidden_layers == 2
 
 
 def test_a_dense_directory_must_hold_exactly_the_model(tiny_checkpoint, tmp_path):

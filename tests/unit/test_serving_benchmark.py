@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from benchmarks.serving import checkpoint, load, metrics, prompts, report, server, table
+from benchmarks.serving import checkpoint, load, metrics, output, prompts, report, server, table
 from benchmarks.serving.errors import BenchmarkError
 from benchmarks.serving.protocol import Protocol
 from benchmarks.serving.results import Comparison
@@ -70,6 +70,10 @@ def test_missing_metrics_are_named(exposition: str) -> None:
         metrics.counters("\n".join(rows) + "\n")
     with pytest.raises(BenchmarkError, match="vllm:cache_config_info"):
         metrics.cache_config("")
+    with pytest.raises(BenchmarkError, match="vllm:cache_config_info with num_gpu_blocks"):
+        metrics.cache_config(exposition.replace("num_gpu_blocks=", "blocks="))
+    with pytest.raises(BenchmarkError, match="is not Prometheus text"):
+        metrics.counters("nonsense\n{}\n")
 
 
 # the report
@@ -137,6 +141,66 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
         checkpoint.read_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("[]", "not a JSON object"),
+        ("caf\xe9", "cannot be read"),
+        ('{"num_hidden_layers": 2}', "it lacks 'num_attention_heads'"),
+        ({"dtype": "int3"}, "dtype 'int3'; accepted are float32, bfloat16, float16"),
+        ({"dtype": ["bfloat16"]}, "accepted are float32"),
+        ({"num_hidden_layers": "six"}, "is not that of a decoder"),
+        ({"quantization_config": {"kv": [1]}}, "is not that of a decoder"),
+    ],
+)
+def test_a_config_that_is_no_decoder_is_refused(
+    tmp_path: Path, config: str | dict[str, object], said: str
+) -> None:
+    if isinstance(config, dict):
+        config = json.dumps(json.loads((MODEL / "config.json").read_text()) | config)
+    (tmp_path / "config.json").write_text(config, encoding="latin-1")
+    with pytest.raises(BenchmarkError, match=said) as caught:
+        checkpoint.kv_bytes_per_token(tmp_path)
+    assert "Remedy: " in str(caught.value)
+
+
+def test_a_bad_tokenizer_and_a_text_of_another_encoding_are_refused(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9")
+    with pytest.raises(BenchmarkError, match=r"latin\.txt cannot be read as UTF-8"):
+        prompts.cut(MODEL, latin, 1, 4)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BenchmarkError, match=r"tokenizer\.json is not a tokenizer"):
+        prompts.cut(tmp_path, TEXT, 1, 4)
+
+
+# the report directory
+
+
+def test_only_an_earlier_report_is_cleared_and_only_of_what_we_wrote(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    output.prepare(tmp_path / "absent")
+    output.prepare(tmp_path)
+    raw = tmp_path / "raw"
+    theirs = [tmp_path / "thesis.tex", raw / "notes.txt", raw / "dense" / "more.txt"]
+    ours = [raw / "prompts-1.json", raw / "dense" / "repeat-1.json", raw / "dense" / "server.log"]
+    (raw / "dense").mkdir(parents=True)
+    for path in [*theirs, *ours]:
+        path.write_text("x")
+    for foreign in (None, "{}", "no json"):
+        if foreign is not None:
+            (tmp_path / report.JSON_FILE).write_text(foreign)
+        with pytest.raises(BenchmarkError, match="is not empty and holds no") as caught:
+            output.prepare(tmp_path)
+        assert "Remedy: " in str(caught.value)
+        assert all(path.exists() for path in [*theirs, *ours])
+    report.write(comparison, tmp_path)
+    output.prepare(tmp_path)
+    assert all(path.exists() for path in theirs)
+    assert not any(path.exists() for path in ours)
+
+
 def test_prompts_are_distinct_passages_of_the_text(tmp_path: Path) -> None:
     passages = prompts.cut(MODEL, TEXT, 40, 64)
     text = TEXT.read_text()
@@ -187,6 +251,48 @@ def test_a_server_that_exits_shows_why(tmp_path: Path) -> None:
     assert "ValueError: no such rank" in said
     assert str(started.log) in said
     assert "line 3\n" not in said
+
+
+_ANSWERS = """
+import http.server, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        print("ValueError: no such rank", flush=True)
+        self.send_error(500)
+
+    def do_GET(self):
+        if self.path == "/metrics":
+            print("RuntimeError: no metrics", flush=True)
+            self.wfile.write(b"nonsense\\n\\n")
+        else:
+            self.send_response(200)
+            self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_that_fails_a_request_shows_its_log(tmp_path: Path) -> None:
+    port = server.free_port()
+    started = server.start([*_script(_ANSWERS), str(port)], port, tmp_path / "server.log")
+    try:
+        server.wait_until_healthy(started, 60)
+        with pytest.raises(BenchmarkError, match="/v1/completions answered 500") as caught:
+            load.warm_up(started, MODEL, _protocol())
+        assert "ValueError: no such rank" in str(caught.value)
+        with pytest.raises(BenchmarkError, match="/metrics gave no answer") as caught:
+            metrics.read(started)
+        assert "RuntimeError: no metrics" in str(caught.value)
+        assert str(started.log) in str(caught.value)
+    finally:
+        server.stop(started.process)
+    with pytest.raises(BenchmarkError, match="/metrics gave no answer"):
+        metrics.read(started)
 
 
 def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:

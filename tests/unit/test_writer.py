@@ -1,6 +1,8 @@
 """Compressed checkpoints: complete and exact, or absent."""
 
+import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,18 +10,18 @@ import textwrap
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from offline_compress import reference
-from offline_compress.checkpoint import OutputError, ensure_room, inspect, restore
+from offline_compress.checkpoint import inspect, restore
 from offline_compress.checkpoint.shards import Pending, write_shards
 from offline_compress.evaluation import default_bos, perplexity, tokenize_file
 from offline_compress.methods import LowRankFactors
 from offline_compress.pipeline import compress, load_tokenizer
 from offline_compress.planning import plan
 from offline_compress.recipe import CompressionRecipe
-from offline_compress.staging import staged
 from offline_compress.weights import open_source
 from vllm_svd.errors import CheckpointFormatError
 from vllm_svd.format import verify
@@ -112,7 +114,19 @@ def test_the_card_and_the_measurements_agree(compressed):
     for figure in (measured.perplexity, measured.perplexity_dense):
         assert f"{figure:.3f}" in text
     assert f"{inspect(out).plan.totals.checkpoint_bytes:,}" in text
-    assert str(out.parent) not in text
+    assert f"over {measured.scored_tokens} scored tokens of the {measured.held_out_tokens}" in text
+
+
+def test_the_text_is_named_by_its_hash_and_by_no_directory(compressed, short_text):
+    _, out, measured = compressed
+    digest = hashlib.sha256(short_text.read_bytes()).hexdigest()
+    assert (measured.text, measured.text_sha256) == (short_text.name, digest)
+    assert digest in (out / "README.md").read_text()
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["calibration"]["text"] == short_text.name
+    for content in bytes_of(out).values():
+        assert str(short_text.parent).encode() not in content
+        assert str(out.parent).encode() not in content
 
 
 def test_restore_multiplies_the_factors_back_to_the_bit(compressed, tmp_path):
@@ -192,28 +206,15 @@ def test_shards_hold_every_tensor_once_within_their_size(tmp_path):
     assert index["weight_map"] == {n: record.shard for n, record in manifest.tensors.items()}
 
 
-def test_an_existing_output_is_refused_and_left_alone(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    with pytest.raises(OutputError, match="already exists"), staged(out, 0):
-        pytest.fail("the block ran")
-    with pytest.raises(OutputError, match="is not a directory"), staged(out / "a" / "b", 0):
-        pytest.fail("the block ran")
-    assert list(tmp_path.iterdir()) == [out]
+def test_the_output_is_begun_before_anything_is_computed(tiny_checkpoint, short_text, tmp_path):
+    seen = []
 
+    def watch(stage, _done, _total):
+        seen.append((stage, len(list(tmp_path.glob(".out.*.partial")))))
 
-def test_too_little_space_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(OutputError, match=rf"needs {1 << 60:,} bytes and [\d,]+ are free"):
-        ensure_room(tmp_path / "out", 1 << 60)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
-def test_whatever_ends_the_block_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), staged(tmp_path / "out", 0) as directory:
-        (directory / "half").write_text("written")
-        assert not (tmp_path / "out").exists()
-        raise error
-    assert list(tmp_path.iterdir()) == []
+    compress(recipe_for(short_text), str(tiny_checkpoint("llama")), tmp_path / "out", watch)
+    assert seen[0][0] == "calibration"
+    assert {count for _, count in seen} == {1}
 
 
 def test_a_damaged_source_shard_found_while_writing_leaves_nothing(
@@ -328,3 +329,63 @@ def test_a_tensor_the_model_does_not_have_is_not_copied(tiny_checkpoint, short_t
     compress(recipe_for(short_text), str(source), tmp_path / "out")
     names = tensors_of(tmp_path / "out").keys()
     assert not any("inv_freq" in name or name == "lm_head.weight" for name in names)
+
+
+@pytest.fixture
+def copied(compressed, tmp_path):
+    return shutil.copytree(compressed[1], tmp_path / "copy")
+
+
+def edit_json(path, edit):
+    raw = json.loads(path.read_text())
+    edit(raw)
+    path.write_text(json.dumps(raw))
+
+
+def assert_refused(directory, message, tmp_path):
+    uses = (inspect, lambda d: restore(d, tmp_path / "dense"), lambda d: reference.load(d, "cpu"))
+    for use in uses:
+        with pytest.raises(CheckpointFormatError, match=message):
+            use(directory)
+    assert not (tmp_path / "dense").exists()
+
+
+def test_a_config_of_fewer_layers_is_refused_with_every_module(copied, tmp_path):
+    def drop_layer(raw):
+        raw["num_hidden_layers"] = 1
+        if "layer_types" in raw:
+            raw["layer_types"] = raw["layer_types"][:1]
+
+    edit_json(copied / "config.json", drop_layer)
+    for path in ("mlp.down_proj: compressed in", "self_attn: projected in"):
+        assert_refused(copied, rf"model\.layers\.1\.{path} config\.json", tmp_path)
+
+
+def test_a_dense_tensor_that_even_the_manifest_lacks_is_missed(copied, tmp_path):
+    shard = next(copied.glob("*.safetensors"))
+    held = load_file(shard)
+    del held["model.norm.weight"]
+    save_file(held, shard, metadata={"format": "pt"})
+    record = {
+        "bytes": shard.stat().st_size,
+        "sha256": hashlib.sha256(shard.read_bytes()).hexdigest(),
+    }
+
+    def forget(raw):
+        del raw["tensors"]["model.norm.weight"]
+        raw["shards"][shard.name] = record
+
+    edit_json(copied / "manifest.json", forget)
+    index = copied / "model.safetensors.index.json"
+    edit_json(index, lambda raw: raw["weight_map"].pop("model.norm.weight"))
+    verify(copied)
+    assert_refused(copied, r"model\.norm\.weight: missing", tmp_path)
+
+
+def test_inspect_shows_the_ranks_that_are_served(compressed, copied):
+    path = next(iter(verify(copied).modules))
+    edit_json(copied / "plan.json", lambda raw: raw["matrices"][path].update(rank=3))
+    assert inspect(copied).plan == inspect(compressed[1]).plan
+    edit_json(copied / "plan.json", lambda raw: raw["matrices"].pop(path))
+    with pytest.raises(CheckpointFormatError, match=rf"plan\.json and the model differ in {path}"):
+        inspect(copied)
