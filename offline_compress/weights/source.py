@@ -1,5 +1,6 @@
 """The dense model to compress: resolved, of a supported family, and complete before it is read."""
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -119,7 +120,9 @@ def meta_model(
     try:
         with torch.device("meta"):
             model: torch.nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False
+                copy.deepcopy(config),  # transformers writes the dtype into it
+                dtype=dtype,
+                trust_remote_code=False,
             )
     except Exception as error:  # as above
         raise _refused(directory, error) from None

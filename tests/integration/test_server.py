@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 from engine_cases import HEAD_DIM, of
@@ -19,11 +17,6 @@ pytestmark = pytest.mark.engine
 BUDGET = 8 << 20
 
 
-@pytest.fixture(autouse=True)
-def _without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-
 FLAGS = [
     "--dtype=float32",
     "--enforce-eager",
@@ -33,12 +26,9 @@ FLAGS = [
 ]
 
 
-def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(
-        url, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return dict(json.load(answer))
+@pytest.fixture(autouse=True)
+def _without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 def test_completions_and_metrics(compressed, engines, prompts, tmp_path):
@@ -46,8 +36,8 @@ def test_completions_and_metrics(compressed, engines, prompts, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     with serve(model, FLAGS, tmp_path / "server.log", timeout=300) as server:
         body = {"model": str(model), "prompt": prompts[3], "max_tokens": 24, "temperature": 0}
-        answer = post(f"{server.base_url}/v1/completions", body | {"ignore_eos": True})
-        cache = metrics.cache_config(metrics.read(server.base_url))
+        answer = json.loads(server.request("/v1/completions", 120, body | {"ignore_eos": True}))
+        cache = metrics.cache_config(metrics.read(server))
     expected = of(engines, "pre_half")["rounds"][0][3]["tokens"]
     assert answer["choices"][0]["text"] == tokenizer.decode(expected)
     per_token = 6 * 2 * HEAD_DIM * 4  # 6 layers, 2 KV heads, half of K and V, fp32

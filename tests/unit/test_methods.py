@@ -166,10 +166,10 @@ before = status("VmRSS")
 SvdLlm().factorize(weight, statistics, min(weight.shape) // 2)
 print(status("VmHWM") - before)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, shape)], capture_output=True, text=True, check=True
-    )
-    assert 0.6 < int(done.stdout) / workspace_bytes(*shape) < 1
+    command = [sys.executable, "-c", script, *map(str, shape)]
+    # Whatever else the process touches only adds to the peak: the least of three is the method's.
+    peak = min(int(subprocess.check_output(command, text=True)) for _ in range(3))
+    assert 0.6 < peak / workspace_bytes(*shape) < 1
 
 
 def test_both_forms_equal_the_published_one_with_its_inverse():

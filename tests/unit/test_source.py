@@ -195,3 +195,13 @@ def test_a_gated_model_names_its_licence_and_the_login(hub, tied):
     assert "accept its licence on https://huggingface.co/gated/model" in output
     assert "hf auth login" in output
     assert "HF_TOKEN" in output
+
+
+def test_the_dtype_of_the_config_wins_over_the_stored_one(tiny_checkpoint, tmp_path):
+    """bf16 in config.json and F32 on disk: the checkpoint is written in bf16."""
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("llama"), directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert open_source(str(directory)).dtype == "BF16"
+    assert open_source(str(tiny_checkpoint("llama"))).dtype == "F32"
