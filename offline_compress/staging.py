@@ -22,7 +22,7 @@ class OutputError(SvdError):
 
 
 def ensure_vacant(out: Path) -> None:
-    """Raises OutputError if `out` exists, or cannot be created in its parent."""
+    """Raises OutputError if `out` exists, or cannot be created with its parents."""
     try:
         _partial(out).exists()  # the longest name that will be written
         taken = out.exists() or out.is_symlink()
@@ -36,17 +36,15 @@ def ensure_vacant(out: Path) -> None:
         raise OutputError(
             f"{out} already exists\nRemedy: choose another output directory, or remove this one"
         )
-    if not out.parent.is_dir():
-        raise OutputError(f"{out.parent} is not a directory\nRemedy: mkdir -p {out.parent}")
-    if not os.access(out.parent, os.W_OK):
-        raise OutputError(
-            f"{out.parent} is not writable\nRemedy: choose an output directory elsewhere"
-        )
+    ground = _ground(out)
+    if not ground.is_dir() or not os.access(ground, os.W_OK):
+        what = "writable" if ground.is_dir() else "a directory"
+        raise OutputError(f"{ground} is not {what}\nRemedy: choose an output directory elsewhere")
 
 
 def ensure_room(out: Path, needed: int) -> None:
     """Raises OutputError if the file system of `out` has fewer than `needed` bytes free."""
-    free = shutil.disk_usage(out.parent).free
+    free = shutil.disk_usage(_ground(out)).free
     if free < needed:
         raise OutputError(_too_full(out, needed, free))
 
@@ -73,6 +71,8 @@ def abandon() -> None:
 def staged(out: Path, needed: int) -> Iterator[Path]:
     """A hidden sibling directory to write in; it becomes `out` when the block succeeds.
 
+    Missing parents of `out` are created and, being empty, left if it does not.
+
     Whatever ends the block early, an interrupt included, removes the directory. A failed write
     raises OutputError, with the bytes needed where the file system is full.
     """
@@ -81,7 +81,7 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
     partial = _partial(out)
     _open.add(partial)
     try:
-        partial.mkdir()
+        partial.mkdir(parents=True)
         yield partial
         partial.rename(out)
     except BaseException as error:
@@ -93,6 +93,11 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
         _open.discard(partial)
 
 
+def _ground(out: Path) -> Path:
+    """The nearest parent of `out` that exists."""
+    return next(parent for parent in out.absolute().parents if parent.exists())
+
+
 def _partial(out: Path) -> Path:
     return out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
 
@@ -102,7 +107,7 @@ def _failed(out: Path, needed: int, error: OSError | SafetensorError) -> OutputE
     said = re.search(r"\(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) else said and int(said[1])
     if number in _FULL:
-        free = shutil.disk_usage(out.parent).free
+        free = shutil.disk_usage(_ground(out)).free
         return OutputError(f"{_too_full(out, needed, free)}\nCause: {error}")
     return OutputError(
         f"{out} cannot be written: {error}\n"

@@ -13,9 +13,17 @@ def test_an_existing_output_is_refused_and_left_alone(tmp_path):
     out.mkdir()
     with pytest.raises(OutputError, match="already exists"), staged(out, 0):
         pytest.fail("the block ran")
-    with pytest.raises(OutputError, match="is not a directory"), staged(out / "a" / "b", 0):
-        pytest.fail("the block ran")
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_missing_parents_are_made_but_not_under_a_file(tmp_path):
+    with staged(tmp_path / "a" / "b" / "out", 0) as directory:
+        (directory / "x").touch()
+    assert (tmp_path / "a" / "b" / "out" / "x").exists()
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(OutputError, match="is not a directory"), staged(file / "out", 0):
+        pytest.fail("the block ran")
 
 
 def test_too_little_space_is_refused_before_anything_is_written(tmp_path):
