@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     # Triton kernels run in its interpreter, which must be chosen before triton is imported.
@@ -22,6 +23,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+# Machines are noisy: no test may fail for being slow.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / "examples" / "wiki-llama-s"
