@@ -234,11 +234,14 @@ def test_debug_shows_the_error_itself(monkeypatch, tmp_path):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_killed_run_leaves_nothing(tiny_checkpoint, short_text, recipe, tmp_path, number):
     recipe.write_text("calibration: {samples: 20, context: 64, batch: 1}\n")
+    # The suite itself may run under nohup, which children inherit.
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    code += "; from offline_compress import cli; cli.main()"
     marker = tmp_path / "errors.txt"
     with marker.open("w") as errors:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-c", "from offline_compress import cli; cli.main()", "run"),
+                *(sys.executable, "-c", code, "run"),
                 *(tiny_checkpoint("llama"), tmp_path / "out"),
                 *("--recipe", recipe, "--text", short_text),
             ],
