@@ -182,9 +182,9 @@ def test_a_text_that_cannot_be_read(refused, tmp_path):
     assert "cannot be read" in refused(text=tmp_path)
 
 
-def test_an_existing_output(refused, model, tmp_path):
+def test_an_existing_output(refused, model):
     assert "already exists" in refused(out=model)
-    assert "mkdir -p" in refused(out=tmp_path / "no" / "out")
+    assert "is not a directory" in refused(out=model / "config.json" / "out")
 
 
 def test_bad_values_name_their_flags(refused):
