@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from offline_compress import staging
-from offline_compress.progress import Progress
+from offline_compress.progress import Progress, silent
 from vllm_svd import __version__
 from vllm_svd.errors import SvdError
 
@@ -39,10 +39,15 @@ class Device(StrEnum):
 
 Model = Annotated[str, typer.Argument(help="Directory of a dense checkpoint, or a hub id.")]
 Recipe = Annotated[Path | None, typer.Option(help="Recipe in YAML; flags override its fields.")]
-Method = Annotated[str | None, typer.Option(help="svd, asvd or svd_llm.  [default: svd_llm]")]
+Method = Annotated[
+    str | None, typer.Option(help="svd, asvd, svd_llm, ...: docs/methods.md.  [default: svd_llm]")
+]
+Allocator = Annotated[
+    str | None, typer.Option(help="Who splits the budget among matrices.  [default: uniform]")
+]
 Kept = Annotated[
     float | None,
-    typer.Option(help="Fraction of each matrix that stays; 1 is dense.  [default: 0.8]"),
+    typer.Option(help="Fraction of the matrices' bytes that stays; 1 is dense.  [default: 0.8]"),
 ]
 KVKept = Annotated[
     float | None,
@@ -56,6 +61,9 @@ Text = Annotated[Path | None, typer.Option(help="UTF-8 text to calibrate on.")]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows.  [default: 64]")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the windows' offsets.  [default: 0]")]
 DeviceName = Annotated[str | None, typer.Option(help="auto, cpu or cuda.  [default: auto]")]
+Base = Annotated[
+    str | None, typer.Option(help="Model that deltas are differences from; default: as stored.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -84,6 +92,7 @@ def run(
     out: Annotated[Path, typer.Argument(help="Directory to create.")],
     recipe: Recipe = None,
     method: Method = None,
+    allocator: Allocator = None,
     kept: Kept = None,
     kv_kept: KVKept = None,
     kv_mode: KVMode = None,
@@ -93,12 +102,14 @@ def run(
     device: DeviceName = None,
 ) -> None:
     """Compress MODEL into OUT."""
+    from offline_compress.calibration import process_group
     from offline_compress.pipeline import compress
     from offline_compress.preflight import prepare_run
     from offline_compress.recipe import load_valid
     from offline_compress.report import result_table
+    from offline_compress.workspace import forsaken
 
-    flags = _flags(method, kept, kv_kept, kv_mode, text, samples, seed, device)
+    flags = _flags(method, allocator, kept, kv_kept, kv_mode, text, samples, seed, device)
     wanted, invalid = load_valid(recipe, flags)
     if invalid is not None:
         prepare_run(wanted, model, out, invalid)  # raises it, with all else that is wrong
@@ -108,10 +119,17 @@ def run(
             "written by another; remove it in the first case",
             err=True,
         )
-    with _progress() as progress:
+    with process_group(wanted.calibration.device) as workers, _progress(workers.first) as progress:
         measured = compress(wanted, model, out, progress)
-    _print(result_table(measured))
-    typer.echo(f"{out} is complete: vllm serve {out}")
+    if measured is not None:  # under torchrun the first process speaks for all
+        for path, size in forsaken(out).items():
+            typer.echo(
+                f"note: {path} ({size:,} bytes) was left by a run of another recipe that was "
+                "killed, or is used by one that is at work; remove it in the first case",
+                err=True,
+            )
+        _print(result_table(measured))
+        typer.echo(f"{out} is complete: vllm serve {out}")
 
 
 @app.command()
@@ -120,6 +138,7 @@ def plan(
     out: Annotated[Path | None, typer.Argument(help="Not written to.")] = None,
     recipe: Recipe = None,
     method: Method = None,
+    allocator: Allocator = None,
     kept: Kept = None,
     kv_kept: KVKept = None,
     kv_mode: KVMode = None,
@@ -133,7 +152,7 @@ def plan(
     from offline_compress.recipe import load_valid
     from offline_compress.report import plan_tables
 
-    flags = _flags(method, kept, kv_kept, kv_mode, text, samples, seed, device)
+    flags = _flags(method, allocator, kept, kv_kept, kv_mode, text, samples, seed, device)
     wanted, invalid = load_valid(recipe, flags)
     _print(*plan_tables(prepare_plan(wanted, model, out, invalid)))
 
@@ -161,6 +180,7 @@ def evaluate(
     context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at a time.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 4,
     device: Annotated[Device, typer.Option(help="auto, cpu or cuda.")] = Device.auto,
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Print the perplexity of DIRECTORY on a text."""
@@ -171,7 +191,7 @@ def evaluate(
     from offline_compress.preflight import prepare_evaluation
 
     ready = prepare_evaluation(directory, text, context, device)
-    network = reference.load(directory, ready.device, ready.dtype)
+    network = reference.load(directory, ready.device, ready.dtype, base)
     with _progress() as progress:
         found = perplexity(network, ready.tokens, context, batch, ready.bos, progress)
     typer.echo(json.dumps(asdict(found), indent=1) if as_json else str(found))
@@ -181,18 +201,41 @@ def evaluate(
 def restore(
     out: Annotated[Path, typer.Argument(help="A compressed checkpoint.")],
     dense: Annotated[Path, typer.Argument(metavar="DENSE_DIR", help="Directory to create.")],
+    base: Base = None,
 ) -> None:
     """Multiply the factors of OUT back into a plain dense checkpoint."""
     from offline_compress.checkpoint import restore as multiply_back
 
     with _progress() as progress:
-        dropped = multiply_back(out, dense, progress=progress)
-    if dropped:
+        dropped = multiply_back(out, dense, base=base, progress=progress)
+    if dropped.projections:
         typer.echo(
-            f"note: a dense checkpoint cannot hold K/V projections; {dropped} were dropped, so "
-            f"{dense} caches every channel"
+            f"note: a dense checkpoint cannot hold K/V projections; {dropped.projections} were "
+            f"dropped, so {dense} caches every channel"
+        )
+    if dropped.corrections:
+        typer.echo(
+            f"note: {dropped.corrections} corrections of layers without a bias were dropped; "
+            f"evaluate {dense} before you use it"
         )
     typer.echo(f"{dense} is complete")
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="Directory to create.")],
+    models: Annotated[list[str], typer.Argument(help="Fine-tuned models, dense or deltas.")],
+    base: Annotated[str, typer.Option(help="The model that all of them were fine-tuned from.")],
+    ties: Annotated[bool, typer.Option(help="Trim, elect signs and average.")] = False,
+    keep: Annotated[float, typer.Option(help="Of each delta, with --ties.")] = 0.2,
+    scale: Annotated[float, typer.Option(help="Of the merged delta.")] = 1.0,
+) -> None:
+    """Add up what MODELS learnt and write BASE with all of it, dense, to OUT."""
+    from offline_compress.checkpoint import merge as add_up
+
+    with _progress() as progress:
+        add_up(base, models, out, ties=ties, keep=keep, scale=scale, progress=progress)
+    typer.echo(f"{out} is complete")
 
 
 def main() -> None:
@@ -225,15 +268,19 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def _progress(shown: bool = True) -> Iterator[Progress]:
     from offline_compress.report import progress_bars
 
+    if not shown:
+        yield silent
+        return
     with progress_bars(Console(stderr=True)) as progress:
         yield progress
 
 
 def _flags(
     method: str | None,
+    allocator: str | None,
     kept: float | None,
     kv_kept: float | None,
     kv_mode: str | None,
@@ -244,6 +291,7 @@ def _flags(
 ) -> dict[str, Any]:
     return {
         "--method": method,
+        "--allocator": allocator,
         "--kept": kept,
         "--kv-kept": kv_kept,
         "--kv-mode": kv_mode,

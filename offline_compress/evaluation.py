@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from offline_compress.calibration import Network, Streams
 from offline_compress.progress import Progress
 from vllm_svd.errors import SvdError
 
@@ -39,6 +40,57 @@ class Perplexity:
             f"{self.context}\nprotocol: {self.windows} non-overlapping windows of {start}"
             f"{self.stride} tokens{unscored}, in {self.dtype}"
         )
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """A compressed model beside its dense one, over `tokens` scored tokens of held-out windows.
+
+    `kl` is KL(dense || compressed) in nats per token, `top1` the fraction of tokens whose most
+    likely successor is the same.
+    """
+
+    perplexity_dense: float
+    perplexity: float
+    kl: float
+    top1: float
+    tokens: int
+
+
+@torch.no_grad()
+def fidelity(network: Network, streams: Streams, windows: torch.Tensor) -> Fidelity:
+    """Score the held-out ends of both streams, behind the last block; `windows` [n, context].
+
+    Every token of a window but its first is scored, as `perplexity` does. Raises SvdError for a
+    perplexity that is not finite.
+    """
+    mine = windows[streams.workers.share(len(windows))].to(network.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=network.device)
+    for rows in streams.held_out():
+        ids = mine[rows.start - streams.calibration : rows.stop - streams.calibration, 1:]
+        dense, other = (
+            network.logits(stream.read(rows, network.device))[:, :-1].float().log_softmax(-1)
+            for stream in (streams.dense, streams.compressed)
+        )
+        sums += torch.stack(
+            [
+                -dense.gather(-1, ids[..., None]).double().sum(),
+                -other.gather(-1, ids[..., None]).double().sum(),
+                (dense.double().exp() * (dense.double() - other.double())).sum(),
+                (dense.argmax(-1) == other.argmax(-1)).double().sum(),
+                torch.tensor(float(ids.numel()), dtype=torch.float64, device=network.device),
+            ]
+        )
+    nll_dense, nll, kl, same, tokens = streams.workers.sum(sums).tolist()
+    for mean in (nll_dense / tokens, nll / tokens):
+        _check_finite(mean)
+    return Fidelity(
+        perplexity_dense=math.exp(nll_dense / tokens),
+        perplexity=math.exp(nll / tokens),
+        kl=kl / tokens,
+        top1=same / tokens,
+        tokens=int(tokens),
+    )
 
 
 def read_text(path: Path) -> str:
@@ -127,11 +179,7 @@ def perplexity(
         if progress is not None:
             progress("perplexity", done, len(windows))
     mean = nll / scored
-    if not mean < math.log(sys.float_info.max):
-        raise SvdError(
-            f"the perplexity is not finite: a token has {mean:.3g} nats on average\n"
-            "Remedy: evaluate in bfloat16 or float32, and check the checkpoint"
-        )
+    _check_finite(mean)
     return Perplexity(
         perplexity=math.exp(mean),
         nll=mean,
@@ -142,3 +190,11 @@ def perplexity(
         bos=bos is not None,
         dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def _check_finite(nats: float) -> None:
+    if not nats < math.log(sys.float_info.max):
+        raise SvdError(
+            f"the perplexity is not finite: a token has {nats:.3g} nats on average\n"
+            "Remedy: evaluate in bfloat16 or float32, and check the checkpoint"
+        )

@@ -1,27 +1,22 @@
-"""From a dense model and a recipe to a compressed checkpoint: calibrate, factorise, write."""
+"""A dense model and a recipe become a compressed checkpoint: measure, allocate, compress, write."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+import hashlib
+import json
+from dataclasses import dataclass
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
-from offline_compress import kv, reference
-from offline_compress.allocation import RankPlan
-from offline_compress.calibration import Corpus, collect, output_errors, sites
-from offline_compress.checkpoint import (
-    CacheError,
-    MatrixError,
-    Measurements,
-    bytes_needed,
-    write,
-)
-from offline_compress.evaluation import Perplexity, perplexity
+from offline_compress import evidence
+from offline_compress.allocation import RankPlan, Shares
+from offline_compress.calibration import GRADIENTS, Network, Streams, Workers
+from offline_compress.calibration.gradients import gradient_moments
+from offline_compress.checkpoint import Measurements, bytes_needed, write
+from offline_compress.evaluation import Fidelity, fidelity
 from offline_compress.kv import KVBases
-from offline_compress.methods import Factorization, LowRankFactors
-from offline_compress.planning import site_groups
+from offline_compress.planning import kept_of, layers_of, matrices_of, plan
 from offline_compress.preflight import (
     PreparedRun,
     compute_dtype,
@@ -32,162 +27,192 @@ from offline_compress.preflight import (
 from offline_compress.progress import Progress, silent
 from offline_compress.recipe import CompressionRecipe
 from offline_compress.staging import staged
-from offline_compress.weights import Source
-from vllm_svd.errors import SvdError
+from offline_compress.sweep import LayerResult, NumericalError, Sweep, open_streams
+from offline_compress.workspace import Workspace, workspace
 
 __all__ = ["NumericalError", "compress", "compute_dtype", "load_tokenizer", "pick_device"]
 
-
-class NumericalError(SvdError):
-    """A result that is not finite."""
+_GIB = 1 << 30
 
 
 def compress(
     recipe: CompressionRecipe, model: str, out: Path, progress: Progress = silent
-) -> Measurements:
+) -> Measurements | None:
     """Write the compressed checkpoint `out` and return what it was measured to lose.
 
-    The same recipe gives the same bytes on the same machine. Raises SvdError for anything a user
-    can cause; nothing is left behind then.
+    The same recipe gives the same bytes on the same machine, whether a run was killed on the way
+    or not: finished blocks wait in a work directory beside `out`. Under torchrun every process
+    reads its share of the samples, and the first one writes; the others return None. Raises
+    SvdError for anything a user can cause; nothing is left behind then.
     """
     ready = prepare_run(recipe, model, out)
-    needed = bytes_needed(ready.source, ready.ranks)
-    with staged(out, needed) as directory:
-        return _compress(recipe, ready, directory, progress)
-
-
-def _compress(
-    recipe: CompressionRecipe, ready: PreparedRun, directory: Path, progress: Progress
-) -> Measurements:
-    source, ranks, corpus = ready.source, ready.ranks, ready.corpus
-    dtype = compute_dtype(ready.device, source.torch_dtype)
-    network = reference.load(source.directory, ready.device, dtype)
-
-    found = _factorize(network, recipe, source, ranks, corpus, progress)
-    factors = {path: done.factors for path, done in found.items()}
-    before = _score(network, recipe, corpus, progress)
-    held_out = _held_out_errors(network, recipe, factors, corpus, progress)
-    for path, pair in factors.items():
-        reference.install_factors(network, path, pair)
-    bases, caches = _project(network, recipe, source, ranks, corpus, progress)
-    for path, basis in bases.items():
-        reference.install_kv(network, source.family, path, basis)
-
-    after = _score(network, recipe, corpus, progress)
-    measured = Measurements(
-        base_model=source.public_name,
-        text=Path(str(recipe.calibration.text)).name,
-        text_sha256=ready.text_sha256,
-        calibration_tokens=corpus.calibration.numel(),
-        held_out_tokens=len(corpus.held_out),
-        scored_tokens=after.tokens,
-        context=recipe.calibration.context,
-        perplexity_dense=before.perplexity,
-        perplexity=after.perplexity,
-        matrices={
-            path: MatrixError(predicted=done.loss, held_out=held_out[path], damping=done.damping)
-            for path, done in found.items()
-        },
-        caches=caches,
-        versions={name: version(name) for name in ("vllm-svd", "torch", "transformers")},
-    )
-    write(
-        directory,
-        source=source,
-        recipe=recipe,
-        plan=ranks,
-        factors=factors,
-        bases=bases,
-        measured=measured,
-        progress=progress,
-    )
+    workers = Workers.joined()
+    with workspace(out, work_key(recipe, ready, workers), workers.first) as work:
+        run = _Run(recipe, ready, work, workers, progress)
+        measured, results, ranks = run.compress()
+        if not workers.first:
+            workers.wait()
+            return None
+        needed = bytes_needed(ready.source, ranks)
+        with staged(out, needed) as directory:
+            write(
+                directory,
+                source=ready.source,
+                recipe=recipe,
+                plan=ranks,
+                factors={path: f for result in results for path, f in result.factors.items()},
+                bases=_bases(ready, results),
+                measured=measured,
+                base=ready.base,
+                progress=progress,
+            )
+        workers.wait()
     return measured
 
 
-def _score(
-    network: PreTrainedModel, recipe: CompressionRecipe, corpus: Corpus, progress: Progress
-) -> Perplexity:
-    context, batch = recipe.calibration.context, recipe.calibration.batch
-    return perplexity(network, corpus.held_out, context, batch, corpus.bos, progress)
+def work_key(recipe: CompressionRecipe, ready: PreparedRun, workers: Workers) -> str:
+    """Names everything that the results depend on: recipe, text, weights, versions, machine."""
+    files = [
+        sorted(
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+            for path in source.directory.iterdir()
+            if path.is_file()
+        )
+        for source in (ready.source, ready.base)
+        if source is not None
+    ]
+    facts = [
+        recipe.model_dump(mode="json"),
+        ready.text_sha256,
+        files,
+        [version("vllm-svd"), version("torch"), version("transformers")],
+        [str(ready.device), torch.get_num_threads(), workers.size],
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _factorize(
-    network: PreTrainedModel,
-    recipe: CompressionRecipe,
-    source: Source,
-    ranks: RankPlan,
-    corpus: Corpus,
-    progress: Progress,
-) -> dict[str, Factorization]:
-    """Every matrix of the plan; one pass of the dense model over the text per group of Grams."""
-    planned, method = ranks.compressed, recipe.weights.method
-    readers: dict[str, list[str]] = {}
-    for path, site in sites(source.family, source.config).items():
-        if path in planned:
-            readers.setdefault(site, []).append(path)
-    found: dict[str, Factorization] = {}
-    for group in site_groups(recipe, source, ranks.matrices):
-        windows, batch = corpus.calibration, recipe.calibration.batch
-        statistics = collect(network, group, windows, batch, method.needs, progress)
-        for site in group:
-            seen = statistics.pop(site)  # Grams are most of the memory: none outlives its readers
-            for path in readers[site]:
-                weight = network.get_submodule(path).weight.detach()
-                result = method.factorize(weight, seen, planned[path])
-                found[path] = replace(result, factors=_stored(path, result.factors, source))
-                progress("factorise", len(found), len(planned))
-            del seen
-    return found
+@dataclass(frozen=True)
+class _Run:
+    recipe: CompressionRecipe
+    ready: PreparedRun
+    work: Workspace
+    workers: Workers
+    progress: Progress
+
+    def compress(self) -> tuple[Measurements, list[LayerResult], RankPlan]:
+        recipe, ready = self.recipe, self.ready
+        source, corpus = ready.source, ready.corpus
+        network = Network(source, ready.device, compute_dtype(ready.device, source.torch_dtype))
+        ranks = ready.ranks
+        if recipe.weights.kept < 1:
+            self._gradients(network)
+            shares = self._shares(network)
+            if shares is not None:
+                ranks = plan(recipe, source, shares)
+        streams = self._streams(network)
+        sweep = Sweep(
+            network, recipe.weights.method, ranks, layers_of(source), streams, self.work, ready.base
+        )
+        results = list(sweep.run(self.progress))
+        scored = fidelity(network, streams, corpus.held_out_windows())
+        return self._measurements(scored, results), results, ranks
+
+    def _streams(self, network: Network, held_out: bool = True) -> Streams:
+        corpus, calibration = self.ready.corpus, self.recipe.calibration
+        unseen = corpus.held_out_windows()
+        return open_streams(
+            network,
+            corpus.calibration,
+            unseen if held_out else unseen[:0],
+            batch=calibration.batch,
+            limit=int(calibration.host_memory_gib * _GIB),
+            work=self.work,
+            workers=self.workers,
+        )
+
+    def _gradients(self, network: Network) -> None:
+        """Gradient moments of every layer, in the work directory, where the method needs them."""
+        needs = self.recipe.weights.method.needs & GRADIENTS
+        layers = layers_of(self.ready.source)
+        if not needs or all(self.work.load(f"gradients-{i}") for i in range(len(layers))):
+            return
+
+        def keep(index: int, found: dict[str, dict[str, torch.Tensor]]) -> None:
+            tensors = {
+                f"{path}|{moment}": tensor
+                for path, moments in found.items()
+                for moment, tensor in moments.items()
+            }
+            self.work.save(f"gradients-{index}", tensors)
+
+        windows = self.ready.corpus.calibration
+        gradient_moments(
+            network,
+            windows[self.workers.share(len(windows))],
+            {index: layer.shapes for index, layer in enumerate(layers)},
+            needs,
+            keep,
+            self.work.directory,
+            batch=self.recipe.calibration.batch,
+            limit=int(self.recipe.calibration.host_memory_gib * _GIB),
+            workers=self.workers,
+            progress=self.progress,
+        )
+        self.workers.wait()
+
+    def _shares(self, network: Network) -> Shares | None:
+        """What the allocator decides after measuring; None where it needs no measurement."""
+        allocator = self.recipe.weights.allocator
+        if not allocator.asks:
+            return None
+        decided = self.work.load("shares")
+        if decided is not None:
+            return {path: Fraction(share) for path, share in decided[1].items()}
+        layers = layers_of(self.ready.source)
+        found = evidence.gather(
+            self.recipe,
+            network,
+            layers,
+            matrices_of(layers, self.recipe.weights.method),
+            self._streams(network, held_out=False),
+            self.ready.corpus.calibration,
+            self.work,
+            self.progress,
+        )
+        shares = allocator.shares(kept_of(self.recipe), found)
+        self.work.save("shares", {}, {path: str(share) for path, share in shares.items()})
+        return shares
+
+    def _measurements(self, scored: Fidelity, results: list[LayerResult]) -> Measurements:
+        corpus, calibration = self.ready.corpus, self.recipe.calibration
+        source = self.ready.source
+        attention = source.family.attention
+        return Measurements(
+            base_model=source.public_name,
+            text=Path(str(calibration.text)).name,
+            text_sha256=self.ready.text_sha256,
+            calibration_tokens=corpus.calibration.numel(),
+            held_out_tokens=len(corpus.held_out),
+            scored_tokens=scored.tokens,
+            context=calibration.context,
+            perplexity_dense=scored.perplexity_dense,
+            perplexity=scored.perplexity,
+            kl_to_dense=scored.kl,
+            top1_agreement=scored.top1,
+            matrices={path: e for result in results for path, e in result.errors.items()},
+            caches={
+                f"{layer.path}.{attention}": result.cache_error
+                for layer, result in zip(layers_of(source), results, strict=True)
+                if result.cache_error is not None
+            },
+            versions={name: version(name) for name in ("vllm-svd", "torch", "transformers")},
+        )
 
 
-def _held_out_errors(
-    network: PreTrainedModel,
-    recipe: CompressionRecipe,
-    factors: Mapping[str, LowRankFactors],
-    corpus: Corpus,
-    progress: Progress,
-) -> dict[str, float]:
-    if not factors:
-        return {}
-    pairs = {path: (pair.A, pair.B) for path, pair in factors.items()}
-    windows, batch = corpus.held_out_windows(), recipe.calibration.batch
-    return output_errors(network, pairs, windows, batch, progress)
-
-
-def _stored(path: str, exact: LowRankFactors, source: Source) -> LowRankFactors:
-    """The factors in the dtype of the checkpoint."""
-    factors = exact.to(source.torch_dtype)
-    for name, factor in (("A", factors.A), ("B", factors.B)):
-        if not torch.isfinite(factor).all():
-            raise NumericalError(
-                f"{path}.{name} is not finite in {source.dtype}\n"
-                "Remedy: check the checkpoint for damaged weights, or store it in BF16 or F32"
-            )
-    return factors
-
-
-def _project(
-    network: PreTrainedModel,
-    recipe: CompressionRecipe,
-    source: Source,
-    ranks: RankPlan,
-    corpus: Corpus,
-    progress: Progress,
-) -> tuple[dict[str, KVBases], Mapping[str, CacheError]]:
-    """K/V bases of the model as its weights now are, and their error on held-out windows."""
-    planned = ranks.projected
-    if not planned:
-        return {}, {}
-    modes = {path: projection.mode for path, projection in planned.items()}
-    batch = recipe.calibration.batch
-
-    def observe(windows: torch.Tensor) -> dict[str, kv.KVStatistics]:
-        return kv.collect(network, source.family, windows, modes, batch, progress)
-
-    seen, unseen = observe(corpus.calibration), observe(corpus.held_out_windows())
-    bases, errors = {}, {}
-    for path, projection in planned.items():
-        bases[path] = kv.project(seen[path], projection).to(source.torch_dtype)
-        k_error, v_error = kv.kv_error(unseen[path], bases[path])
-        errors[path] = CacheError(k_error=k_error, v_error=v_error)
-    return bases, errors
+def _bases(ready: PreparedRun, results: list[LayerResult]) -> dict[str, KVBases]:
+    attention = ready.source.family.attention
+    return {
+        f"{layer.path}.{attention}": result.bases
+        for layer, result in zip(layers_of(ready.source), results, strict=True)
+        if result.bases is not None
+    }

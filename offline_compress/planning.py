@@ -1,64 +1,115 @@
-"""From a recipe and the shapes of a model to a RankPlan; no weight is read."""
+"""From a recipe, the shapes of a model and an allocation to a RankPlan; no weight is read."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 
 from offline_compress.allocation import (
+    ALLOCATORS,
+    Asks,
     CachePlan,
-    CalibrationCost,
+    Evidence,
+    Matrix,
     MatrixPlan,
     RankPlan,
+    Shares,
     plan_caches,
-    plan_matrices,
 )
-from offline_compress.calibration import gram_bytes, groups, sites
+from offline_compress.cost import expected_cost
 from offline_compress.families import head_dim, layer_paths
-from offline_compress.methods import workspace_bytes
+from offline_compress.methods import Layer, LowRankMethod, Method, OfferingMethod
 from offline_compress.recipe import CompressionRecipe, RecipeError
 from offline_compress.weights import Source
 
+# What only a method that truncates at ranks can give.
+_OF_RANKS: frozenset[Asks] = frozenset({"spectra", "losses", "gates"})
 # With fewer tokens per channel a Gram fits the noise of its sample as well as the data.
 _TOKENS_PER_CHANNEL = 4
 # Bases of rotated keys know the angles of the calibrated positions only.
 _SHORTEST_CONTEXT = 1 / 4
 
 
-def plan(recipe: CompressionRecipe, source: Source) -> RankPlan:
+def layers_of(source: Source) -> list[Layer]:
+    """The decoder layers as methods see them."""
+    config = source.config
+    linears = source.linears()
+    return [
+        Layer(
+            path=path,
+            shapes={name: shape for name, shape in linears.items() if name.startswith(f"{path}.")},
+            query_heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=head_dim(config),
+            item_bytes=source.item_bytes,
+            qk_norm=source.family.qk_norm,
+        )
+        for path in layer_paths(config)
+    ]
+
+
+def matrices_of(layers: Sequence[Layer], method: Method) -> dict[str, Matrix]:
+    """The compressible matrices as allocators see them."""
+    return {
+        path: Matrix(
+            *shape,
+            layer=index,
+            kind=path.rpartition(".")[2],
+            rank_share=method.rank_share(*shape, layer.item_bytes)
+            if isinstance(method, LowRankMethod)
+            else None,
+        )
+        for index, layer in enumerate(layers)
+        for path, shape in layer.shapes.items()
+    }
+
+
+def kept_of(recipe: CompressionRecipe) -> Fraction:
+    """The budget in decimals, as the user wrote it: 0.29 of 100 is 29, binary floats give 28."""
+    return Fraction(str(recipe.weights.kept))
+
+
+def plan(recipe: CompressionRecipe, source: Source, shares: Shares | None = None) -> RankPlan:
     """What the recipe does to the model.
 
-    Raises RecipeError if the recipe asks for layers, ranks or positions that the model does not
-    have, or for nothing at all.
+    Without `shares` an allocator that must measure first is planned like uniform, and the plan
+    says so. Raises RecipeError if the recipe asks for layers, ranks or positions that the model
+    does not have, for ranks of a method that has none, or for nothing at all.
     """
-    config, family = source.config, source.family
+    config = source.config
     problems = recipe.kv.problems(config.num_hidden_layers, head_dim(config))
     context, positions = recipe.calibration.context, config.max_position_embeddings
     if context > positions:
         problems.append(f"calibration.context: {context} exceeds the model's {positions} positions")
+    problems += _without_ranks(recipe)
     if problems:
         raise RecipeError("the recipe", problems)
-    linears = source.linears()
-    matrices = plan_matrices(
-        linears,
-        kept=recipe.weights.kept,
-        rank_multiple=recipe.weights.rank_multiple,
-        method=recipe.weights.method.name,
-    )
-    compressed = {f"{path}.weight" for path, matrix in matrices.items() if matrix.rank is not None}
-    caches = plan_caches(
-        [f"{layer}.{family.attention}" for layer in layer_paths(config)],
-        config.num_key_value_heads,
-        head_dim(config),
-        recipe.kv,
-    )
-    held = site_groups(recipe, source, matrices)
+    layers = layers_of(source)
+    warnings = []
+    if shares is None:
+        allocator = recipe.weights.allocator
+        seen = matrices_of(layers, recipe.weights.method)
+        if allocator.asks:
+            warnings.append(
+                f"the {allocator.name} allocator measures before it decides; the ranks shown are "
+                "those of uniform, and the time leaves the measuring out"
+            )
+            shares = dict.fromkeys(seen, kept_of(recipe))
+        else:
+            shares = allocator.shares(kept_of(recipe), Evidence(seen))
+    matrices, caches = _planned(recipe, source, layers, shares)
+    replaced = {f"{path}.weight" for path, matrix in matrices.items() if matrix.module}
     made = RankPlan(
         dtype=source.dtype,
         matrices=matrices,
         caches=caches,
         source_bytes=sum(map(source.bytes_of, source.shapes)),
-        copied_bytes=sum(source.bytes_of(name) for name in source.shapes if name not in compressed),
-        calibration=_cost(recipe, source, matrices, held),
-        warnings=(*_too_few_tokens(recipe, held), *_too_short_context(recipe, positions, caches)),
+        copied_bytes=sum(source.bytes_of(name) for name in source.shapes if name not in replaced),
+        calibration=expected_cost(recipe, source, layers, matrices, caches),
+        warnings=(
+            *warnings,
+            *_too_few_tokens(recipe, matrices),
+            *_too_short_context(recipe, positions, caches),
+        ),
     )
     if not made.compressed and not made.projected:
         raise RecipeError(
@@ -68,57 +119,73 @@ def plan(recipe: CompressionRecipe, source: Source) -> RankPlan:
     return made
 
 
-def site_groups(
-    recipe: CompressionRecipe, source: Source, matrices: Mapping[str, MatrixPlan]
-) -> list[dict[str, int]]:
-    """The sites (path to width n) of each calibration pass, in execution order."""
-    observed = sites(source.family, source.config)
-    widths = {
-        observed[path]: matrix.in_features
-        for path, matrix in matrices.items()
-        if matrix.rank is not None
-    }
-    if recipe.weights.method.needs == "gram":
-        return groups(widths)
-    return [widths] if widths else []
+def _without_ranks(recipe: CompressionRecipe) -> Iterator[str]:
+    method, allocator = recipe.weights.method, recipe.weights.allocator
+    if not accepts(type(method), allocator.asks):
+        others = [name for name, other in ALLOCATORS.items() if accepts(type(method), other().asks)]
+        lacking = "predict losses" if "menus" in allocator.asks else "split into ranks"
+        yield (
+            f"weights.allocator: {allocator.name} was given, and {method.name} does not {lacking}; "
+            f"accepted with it are {', '.join(others)}"
+        )
 
 
-def _cost(
-    recipe: CompressionRecipe,
-    source: Source,
-    matrices: Mapping[str, MatrixPlan],
-    held: Sequence[Mapping[str, int]],
-) -> CalibrationCost:
-    needs = recipe.weights.method.needs
-    grams = [gram_bytes(group.values()) for group in held] if needs == "gram" else []
-    spaces = [
-        workspace_bytes(plan.out_features, plan.in_features)
-        for plan in matrices.values()
-        if plan.rank is not None
-    ]
-    return CalibrationCost(
-        passes=0 if needs == "nothing" else len(held),
-        gram_bytes=max(grams, default=0),
-        workspace_bytes=max(spaces, default=0),
-        weight_elements=sum(map(math.prod, source.shapes.values())),
+def accepts(method: type[Method], asks: frozenset[Asks]) -> bool:
+    """Whether a method can give what an allocator asks for."""
+    if asks & _OF_RANKS:
+        return issubclass(method, LowRankMethod)
+    return "menus" not in asks or issubclass(method, OfferingMethod)
+
+
+def _planned(
+    recipe: CompressionRecipe, source: Source, layers: Sequence[Layer], shares: Shares
+) -> tuple[dict[str, MatrixPlan], dict[str, CachePlan]]:
+    method, dense = recipe.weights.method, recipe.weights.kept == 1
+    matrices: dict[str, MatrixPlan] = {}
+    attention = source.family.attention
+    caches = plan_caches(
+        [f"{layer.path}.{attention}" for layer in layers],
+        source.config.num_key_value_heads,
+        head_dim(source.config),
+        recipe.kv,
     )
+    for layer in layers:
+        of_layer = {path: shares[path] for path in layer.shapes}
+        chosen = {} if dense else method.modules_at(layer, of_layer, recipe.weights.rank_multiple)
+        for path, (rows, columns) in layer.shapes.items():
+            found = chosen.get(path, "weights.kept is 1")
+            matrices[path] = (
+                MatrixPlan(out_features=rows, in_features=columns, reason=found)
+                if isinstance(found, str)
+                else MatrixPlan(
+                    out_features=rows, in_features=columns, module=found, method=method.name
+                )
+            )
+        own = None if dense else method.projection_at(layer, of_layer)
+        if own is not None:
+            cache = caches[f"{layer.path}.{attention}"]
+            caches[f"{layer.path}.{attention}"] = cache.model_copy(
+                update={"projection": own, "reason": None}
+            )
+    return matrices, caches
 
 
-def _too_few_tokens(recipe: CompressionRecipe, held: Sequence[Mapping[str, int]]) -> Iterator[str]:
+def _too_few_tokens(recipe: CompressionRecipe, matrices: Mapping[str, MatrixPlan]) -> Iterator[str]:
     calibration = recipe.calibration
-    if recipe.weights.method.needs != "gram":
+    if not recipe.weights.method.needs & {"gram", "shifted_gram"}:
         return
     tokens = calibration.samples * calibration.context
     starved: dict[str, int] = {}
-    for path, width in (site for group in held for site in group.items()):
-        if tokens < _TOKENS_PER_CHANNEL * width:
-            starved[".".join("*" if part.isdigit() else part for part in path.split("."))] = width
+    for path, matrix in matrices.items():
+        if matrix.module and tokens < _TOKENS_PER_CHANNEL * matrix.in_features:
+            name = ".".join("*" if part.isdigit() else part for part in path.split("."))
+            starved[name] = matrix.in_features
     if starved:
         needed = _TOKENS_PER_CHANNEL * max(starved.values())
         named = ", ".join(f"{path} ({width})" for path, width in starved.items())
         yield (
             f"{tokens} calibration tokens are fewer than {_TOKENS_PER_CHANNEL} per input channel "
-            f"of {named}; --samples {-(-needed // calibration.context)} gives enough"
+            f"of {named}; --samples {math.ceil(needed / calibration.context)} gives enough"
         )
 
 

@@ -33,13 +33,17 @@ class PreflightError(SvdError):
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What `run` works on; `text_sha256` is of the file that `corpus` was cut from."""
+    """What `run` works on; `text_sha256` is of the file that `corpus` was cut from.
+
+    `base` is the model that `source` was fine-tuned from, where the method needs it.
+    """
 
     source: Source
     ranks: RankPlan
     device: torch.device
     corpus: Corpus
     text_sha256: str
+    base: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,9 @@ def prepare_run(
     if source.stored is None:
         source = open_source(model)
         ranks = plan(recipe, source)
-    return PreparedRun(source, ranks, device, corpus, sha256(Path(str(recipe.calibration.text))))
+    base = _base(recipe, source)
+    digest = sha256(Path(str(recipe.calibration.text)))
+    return PreparedRun(source, ranks, device, corpus, digest, base)
 
 
 def prepare_plan(
@@ -174,6 +180,20 @@ def _prepare(
     if out is not None:
         found.attempt(lambda: output_fits(out))
     return source, ranks, device, corpus
+
+
+def _base(recipe: CompressionRecipe, source: Source) -> Source | None:
+    """The base model, which must have the same matrices."""
+    name = recipe.weights.method.base_model
+    if name is None:
+        return None
+    base = open_source(name)
+    if base.linears() != source.linears():
+        raise SourceError(
+            f"weights.method.base: {name} has other matrices than {source.name}\n"
+            "Remedy: give the model that this one was fine-tuned from"
+        )
+    return base
 
 
 def _hides_text(invalid: RecipeError | None) -> bool:

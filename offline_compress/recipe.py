@@ -12,10 +12,18 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
-from offline_compress.allocation import Kept, KVBudget, LayerOverride
-from offline_compress.methods import Asvd, MethodConfig, Svd, SvdLlm
+from offline_compress.allocation import (
+    ALLOCATORS,
+    AllocatorConfig,
+    Kept,
+    KVBudget,
+    LayerOverride,
+    Uniform,
+)
+from offline_compress.methods import METHODS, MethodConfig, SvdLlm
 from vllm_svd.errors import SvdError
 
 
@@ -28,26 +36,43 @@ class RecipeError(SvdError):
         super().__init__(f"{where} is not a valid recipe:{listed}")
 
 
-class Weights(BaseModel):
-    """`kept` is the fraction of each matrix's parameters that stays; 1.0 leaves it dense.
+def _method_name(method: Any) -> Any:
+    return method.get("name") if isinstance(method, dict) else method
 
-    `method` is a name, or a mapping of `name` and the method's own options.
+
+class Weights(BaseModel):
+    """`kept` is the fraction of the bytes of all matrices that stays; 1.0 leaves them dense.
+
+    `method` and `allocator` are names, or mappings of `name` and their own options.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: MethodConfig = SvdLlm()
     kept: Kept = 0.8
+    allocator: AllocatorConfig = Uniform()
     rank_multiple: PositiveInt = 1
 
-    @field_validator("method", mode="before")
+    @model_validator(mode="before")
+    @classmethod
+    def _allocator_of_the_method(cls, raw: Any) -> Any:
+        """A method that was published with an allocator has it unless another one is given."""
+        if isinstance(raw, dict) and raw.get("allocator") is None:
+            method = METHODS.get(_method_name(raw.get("method")) or "svd_llm")
+            return {**raw, "allocator": method.allocator if method else "uniform"}
+        return raw
+
+    @field_validator("method", "allocator", mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
 
 class Calibration(BaseModel):
-    """`samples` windows of `context` tokens from `text`; `batch` of them run at a time."""
+    """`samples` windows of `context` tokens from `text`; `batch` of them run at a time.
+
+    Hidden states of more than `host_memory_gib` live in a mapped file of the work directory.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,6 +82,7 @@ class Calibration(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch: PositiveInt = 4
+    host_memory_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
 
 
 class Evaluation(BaseModel):
@@ -82,10 +108,16 @@ class CompressionRecipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def without_directories(self) -> "CompressionRecipe":
-        """The same recipe with the bare name of its text: fit to be published."""
+        """The same recipe with bare names of its text and of a local base: fit to be published."""
         text = self.calibration.text and Path(self.calibration.text).name
         calibration = self.calibration.model_copy(update={"text": text})
-        return self.model_copy(update={"calibration": calibration})
+        weights, base = self.weights, self.weights.method.base_model
+        if base is not None and Path(base).expanduser().is_dir():
+            named = weights.method.model_copy(
+                update={"base": Path(base).expanduser().resolve().name}
+            )
+            weights = weights.model_copy(update={"method": named})
+        return self.model_copy(update={"weights": weights, "calibration": calibration})
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
@@ -94,11 +126,12 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "calibration": Calibration,
     "evaluation": Evaluation,
 }
-_METHODS: dict[str, type[BaseModel]] = {"svd": Svd, "asvd": Asvd, "svd_llm": SvdLlm}
+_UNIONS: dict[str, Mapping[str, type[BaseModel]]] = {"method": METHODS, "allocator": ALLOCATORS}
 
 # The recipe field that each flag of the command line sets.
 FLAGS = {
     "--method": "weights.method",
+    "--allocator": "weights.allocator",
     "--kept": "weights.kept",
     "--kv-kept": "kv.kept",
     "--kv-mode": "kv.mode",
@@ -120,6 +153,14 @@ def load(path: Path | None = None, flags: Mapping[str, Any] | None = None) -> Co
     return recipe
 
 
+def parse(raw: dict[str, Any], where: str) -> CompressionRecipe:
+    """A recipe that is not in a file; raises RecipeError with every problem."""
+    try:
+        return CompressionRecipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(where, [_problem(dict(item), {}) for item in error.errors()]) from None
+
+
 def load_valid(
     path: Path | None = None, flags: Mapping[str, Any] | None = None
 ) -> tuple[CompressionRecipe, RecipeError | None]:
@@ -137,7 +178,7 @@ def load_valid(
         fields = raw.setdefault(section, {})
         if not isinstance(fields, dict):
             continue  # validation reports the section itself
-        if field == "method" and _method_name(fields.get(field)) == value:
+        if field in _UNIONS and _method_name(fields.get(field)) == value:
             continue  # the same method keeps the options that the file gives it
         fields[field] = value
     try:
@@ -176,10 +217,6 @@ def _read(path: Path) -> dict[str, Any]:
     return {name: {} if section is None else section for name, section in raw.items()}
 
 
-def _method_name(method: Any) -> Any:
-    return method.get("name") if isinstance(method, dict) else method
-
-
 def _names(model: type[BaseModel] = CompressionRecipe) -> str:
     return ", ".join(model.model_fields)
 
@@ -188,20 +225,29 @@ def _problem(item: dict[str, Any], given: Mapping[str, Any]) -> str:
     """One line: where (and the flag that set it), what was given, what is accepted."""
     location = [str(part) for part in item["loc"]]
     # pydantic puts the union's tag into the path: weights.method.asvd.alpha
-    tagged = len(location) > 3 and location[:2] == ["weights", "method"]
+    tagged = len(location) > 3 and location[0] == "weights" and location[1] in _UNIONS
     path = ".".join(location[:2] + location[3:] if tagged else location)
-    flag = next((flag for flag in given if FLAGS[flag] == path), None)
-    where = f"{path} ({flag})" if flag else path
+    if item["type"] == "union_tag_invalid":
+        given_name = item["input"].get("name") if isinstance(item["input"], dict) else item["input"]
+        accepted = ", ".join(_UNIONS[location[1]])
+        return f"{_where(path, given)}: {given_name!r} was given; accepted are {accepted}"
+    where = _where(path, given)
     if item["type"] == "extra_forbidden":
         return f"{where}: unknown; accepted here are {_names(_model_at(location[:-1]))}"
     return f"{where}: {item['input']!r} was given; {_decapitalised(item['msg'])}"
 
 
+def _where(path: str, given: Mapping[str, Any]) -> str:
+    """The YAML path, and the flag where one set it."""
+    flag = next((flag for flag in given if FLAGS[flag] == path), None)
+    return f"{path} ({flag})" if flag else path
+
+
 def _model_at(location: Sequence[str]) -> type[BaseModel]:
     """The config model that a YAML path, with pydantic's union tag in it, leads to."""
     match location:
-        case ["weights", "method", tag]:
-            return _METHODS[tag]
+        case ["weights", ("method" | "allocator") as union, tag]:
+            return _UNIONS[union][tag]
         case ["kv", "layers", _]:
             return LayerOverride
         case [section]:

@@ -10,6 +10,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from offline_compress.allocation import RankPlan
 from offline_compress.checkpoint import Inspection, Measurements
+from offline_compress.cost import expected_seconds
 from offline_compress.progress import Progress
 
 
@@ -28,6 +30,8 @@ def progress_bars(console: Console) -> Iterator[Progress]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
     bars = Bars(*columns, console=console)
     current: dict[str, TaskID] = {}
@@ -49,15 +53,16 @@ def progress_bars(console: Console) -> Iterator[Progress]:
 
 def plan_tables(plan: RankPlan) -> Iterator[Table | Text]:
     """Ranks per matrix and per cache, the totals, then memory and warnings."""
-    matrices = Table("matrix", "shape", "method", "rank", "parameters", "kept", "why dense")
+    matrices = Table("matrix", "shape", "method", "stored as", "bytes", "kept", "why dense")
     for path, matrix in plan.matrices.items():
+        size, dense = matrix.bytes(plan.item_bytes), matrix.dense_bytes(plan.item_bytes)
         matrices.add_row(
             path,
             f"{matrix.out_features} x {matrix.in_features}",
             matrix.method,
-            str(matrix.rank or "-"),
-            f"{matrix.parameters:,}",
-            f"{matrix.parameters / matrix.dense_parameters:.3f}",
+            matrix.module.label if matrix.module else "-",
+            f"{size:,}",
+            f"{size / dense:.3f}",
             matrix.reason or "",
         )
     yield matrices
@@ -76,7 +81,7 @@ def plan_tables(plan: RankPlan) -> Iterator[Table | Text]:
     totals = plan.totals
     summary = Table("", "dense", "compressed", "kept")
     for label, dense, compressed in (
-        ("linear parameters", totals.linear_parameters_dense, totals.linear_parameters),
+        ("bytes of linear layers", totals.linear_bytes_dense, totals.linear_bytes),
         ("checkpoint bytes", totals.checkpoint_bytes_dense, totals.checkpoint_bytes),
         ("KV bytes per token", totals.kv_bytes_per_token_dense, totals.kv_bytes_per_token),
     ):
@@ -87,22 +92,35 @@ def plan_tables(plan: RankPlan) -> Iterator[Table | Text]:
 
 def _memory(plan: RankPlan) -> Text:
     cost = plan.calibration
-    weights = f"{4 * cost.weight_elements:,} bytes of weights in fp32 on a CPU"
-    if plan.item_bytes != 4:
-        weights += f" ({plan.item_bytes * cost.weight_elements:,} in {plan.dtype} on CUDA)"
+    seconds = expected_seconds(cost)
     lines = [
-        f"memory, beside one batch of activations: {weights}",
-        f"{cost.gram_bytes:,} bytes of fp64 Grams at once, {cost.passes} calibration pass(es)",
-        f"{cost.workspace_bytes:,} bytes of fp64 workspace at most for one factorisation",
+        "expected of run, with fp32 weights as on a CPU:",
+        f"  device: {cost.block_bytes:,} bytes of one block, dense and compressed, "
+        f"{cost.gram_bytes:,} of its moments and {cost.workspace_bytes:,} of workspace, beside one "
+        "batch of activations",
+        f"  host: {cost.hidden_bytes:,} bytes of hidden states, in a mapped file above "
+        "calibration.host_memory_gib",
+        f"  work directory: {cost.work_bytes:,} bytes",
+        f"  time: {_duration(seconds)} at the speed of this machine's matrix products, of which "
+        f"{cost.forward_operations:.2e} operations for passes of the model and "
+        f"{cost.factor_operations:.2e} for moments and factorisations",
         *(f"warning: {warning}" for warning in plan.warnings),
     ]
     return Text("\n".join(lines))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"about {max(seconds, 1):.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 def result_table(measured: Measurements) -> Table:
     """Perplexity, and the spread of the errors."""
     table = Table("measured on held-out text", "dense", "compressed")
     table.add_row("perplexity", f"{measured.perplexity_dense:.3f}", f"{measured.perplexity:.3f}")
+    table.add_row("KL to dense, nats per token", "0", f"{measured.kl_to_dense:.2e}")
+    table.add_row("same most likely token", "1", f"{measured.top1_agreement:.3f}")
     rows: Mapping[str, list[float]] = {
         "largest output error": [matrix.held_out for matrix in measured.matrices.values()],
         "largest K error": [cache.k_error for cache in measured.caches.values()],

@@ -87,7 +87,7 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
-            raise _failed(out, needed, error) from None
+            raise write_failure(out, error, needed) from None
         raise
     finally:
         _open.discard(partial)
@@ -102,7 +102,8 @@ def _partial(out: Path) -> Path:
     return out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
 
 
-def _failed(out: Path, needed: int, error: OSError | SafetensorError) -> OutputError:
+def write_failure(out: Path, error: OSError | SafetensorError, needed: int = 0) -> OutputError:
+    """What a failed write of `out` means: a full file system, with the bytes needed, or else."""
     # safetensors gives the number only in its text
     said = re.search(r"\(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) else said and int(said[1])
@@ -116,7 +117,8 @@ def _failed(out: Path, needed: int, error: OSError | SafetensorError) -> OutputE
 
 
 def _too_full(out: Path, needed: int, free: int) -> str:
+    needs = f"it needs {needed:,} bytes and" if needed else "the disk is full,"
     return (
-        f"{out} cannot be written: it needs {needed:,} bytes and {free:,} are free there\n"
+        f"{out} cannot be written: {needs} {free:,} are free there\n"
         "Remedy: free that much space, or choose an output directory on another file system"
     )

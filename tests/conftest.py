@@ -22,6 +22,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 # Machines are noisy: no test may fail for being slow.
@@ -50,10 +52,20 @@ _FAMILIES = {
     "mistral": (MistralForCausalLM, MistralConfig, False),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, False),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, False),
+    "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, False),
 }
 
-# vLLM's Qwen2 derives the head size from the hidden size.
-_DEVIATIONS = {"qwen2": {"hidden_size": 128}}
+_DEVIATIONS = {
+    # vLLM's Qwen2 derives the head size from the hidden size.
+    "qwen2": {"hidden_size": 128},
+    "qwen3_moe": {
+        "mlp_only_layers": [0],
+        "moe_intermediate_size": 96,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+}
 
 
 @pytest.fixture(scope="session")

@@ -1,1 +1,1 @@
-"""Quality of compression methods, in plain transformers."""
+"""The quality laboratory: every method at every size, in plain transformers."""

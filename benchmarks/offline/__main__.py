@@ -1,91 +1,153 @@
-"""`python -m benchmarks.offline`: perplexity of methods and K/V projections as a table and JSON."""
+"""`python -m benchmarks.offline`: the quality laboratory, and a model to run it on."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.machine import machine
-from benchmarks.offline.quality import Axes, Laboratory, Quality, measure, variants
+from benchmarks.offline import variants
+from benchmarks.offline.compare import Scored
+from benchmarks.offline.plots import plot
+from benchmarks.offline.points import cache_recipe, measure, recipe_of
+from benchmarks.offline.reference_model import train
+from benchmarks.offline.results import Archive, Quality, write
+from offline_compress import preflight, reference
+from offline_compress.calibration import split
+from offline_compress.evaluation import default_bos, tokenize_file
+from offline_compress.recipe import parse
 from offline_compress.report import progress_bars
+from offline_compress.weights import open_source
 from vllm_svd.errors import SvdError
 
-Shares = Annotated[list[float] | None, typer.Option()]
-Names = Annotated[list[str] | None, typer.Option()]
-Modes = Annotated[list[str] | None, typer.Option("--kv-mode")]
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command("reference-model")(train)
+
+Directory = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
+File = Annotated[Path, typer.Option(exists=True, dir_okay=False)]
+_HELD_OUT = 16
 
 
-def main(
-    model: Annotated[Path, typer.Argument(exists=True, file_okay=False)],
-    calibration: Annotated[Path, typer.Option(exists=True, dir_okay=False)],
-    text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="scored")],
-    out: Annotated[Path | None, typer.Option(dir_okay=False, help="JSON file")] = None,
-    method: Names = None,
-    kept: Shares = None,
-    kv_mode: Modes = None,
-    kv_kept: Shares = None,
+@app.command()
+def quality(
+    model: Directory,
+    calibration: File,
+    text: Annotated[list[Path], typer.Option(exists=True, dir_okay=False, help="scored")],
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="results and plots")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="a variant")] = None,
+    kept: Annotated[list[float] | None, typer.Option()] = None,
+    kv_mode: Annotated[list[str] | None, typer.Option()] = None,
+    kv_kept: Annotated[list[float] | None, typer.Option()] = None,
     samples: Annotated[int, typer.Option(min=1)] = 64,
     context: Annotated[int, typer.Option(min=2)] = 512,
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    windows: Annotated[int | None, typer.Option(min=1, help="scored of each text")] = None,
 ) -> None:
-    """Compress MODEL in every way asked for and print the perplexity of each on TEXT.
+    """Compress MODEL in every way asked for and compare each with the dense model on every --text.
 
-    --method, --kept, --kv-mode and --kv-kept may be repeated.
+    --text, --method, --kept, --kv-mode and --kv-kept may be repeated. Points already in --out that
+    were measured with the same recipe and texts are not measured again.
     """
-    axes: Axes = {
-        "methods": method or ["svd", "asvd", "svd_llm"],
-        "kept": kept or [0.8, 0.6, 0.4],
-        "modes": kv_mode or ["pre", "post"],
-        "kv_kept": kv_kept or [0.5, 0.25],
-    }
     try:
-        variants(**axes)  # before anything is loaded
-        with progress_bars(Console(stderr=True)) as progress:
-            laboratory = Laboratory.of(
-                model, calibration, text, samples=samples, context=context, progress=progress
-            )
-            dense = laboratory.score(laboratory.model)
-            points = tuple(measure(laboratory, **axes, dense=dense))
+        _quality(
+            model,
+            calibration,
+            text,
+            out,
+            method,
+            kept or [0.8, 0.6, 0.4, 0.2],
+            kv_mode or [],
+            kv_kept or [0.5, 0.25],
+            samples,
+            context,
+            batch,
+            windows,
+        )
     except SvdError as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False)
         raise typer.Exit(1) from None
-    found = Quality(
-        model=model.name,
-        calibration=calibration.name,
-        calibration_tokens=laboratory.windows.numel(),
-        text=text.name,
-        scored_tokens=len(laboratory.tokens),
+
+
+def _quality(
+    model: Path,
+    calibration: Path,
+    text: list[Path],
+    out: Path | None,
+    method: list[str] | None,
+    kept: list[float],
+    kv_mode: list[str],
+    kv_kept: list[float],
+    samples: int,
+    context: int,
+    batch: int,
+    windows: int | None,
+) -> None:
+    how = {"text": str(calibration), "samples": samples, "context": context}
+    wanted = [] if method == [] else list(variants.chosen(method).items())
+    recipes = [
+        (name, share, recipe_of(weights, share, **how))
+        for share in kept
+        for name, weights in wanted
+    ]
+    recipes += [
+        (f"kv {mode}", share, cache_recipe(mode, share, **how))
+        for mode in kv_mode
+        for share in kv_kept
+    ]
+    for _, _, recipe in recipes:  # before anything is loaded
+        parse(recipe, "the command line")
+    source = open_source(str(model))
+    tokenizer = preflight.load_tokenizer(source.directory)
+    corpus = split(
+        tokenize_file(tokenizer, calibration),
+        samples=samples,
+        held_out=_HELD_OUT,
         context=context,
-        dense_perplexity=dense,
-        points=points,
+        seed=0,
+        bos=default_bos(tokenizer),
+    )
+    device = preflight.pick_device("auto")
+    dense = reference.load(model, device, preflight.compute_dtype(device, source.torch_dtype))
+    texts = [Scored(path, tokenizer, context, windows) for path in text]
+    archive = Archive(out / "points" / model.name) if out is not None else None
+    points = []
+    with progress_bars(Console(stderr=True)) as progress:
+        exact = {scored.name: scored.compare(dense, dense, batch, progress) for scored in texts}
+        for number, (name, share, recipe) in enumerate(recipes):
+            key = _key(name, share, recipe, [f"{scored.name} {scored.tokens}" for scored in texts])
+            point = archive.load(key) if archive else None
+            if point is None:
+                point = measure(name, share, recipe, model, dense, texts, corpus, batch, progress)
+                if archive:
+                    archive.save(key, point)
+            points.append(point)
+            progress("points", number + 1, len(recipes))
+    found = Quality(
+        model=model.resolve().name,
+        parameters=sum(parameter.numel() for parameter in dense.parameters()),
+        checkpoint_bytes=sum(map(source.bytes_of, source.shapes)),
+        calibration=calibration.name,
+        calibration_tokens=corpus.calibration.numel(),
+        context=context,
+        scored_tokens={scored.name: scored.tokens for scored in texts},
+        dense=exact,
+        points=tuple(points),
         machine=machine(),
     )
-    Console().print(_table(found))
+    Console(width=200).print(found.table())
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_suffix(".partial")
-        partial.write_text(found.model_dump_json(indent=2) + "\n")
-        partial.replace(out)
+        write(out / f"{found.model}.json", found.model_dump_json(indent=1) + "\n")
+        write(out / f"{found.model}.md", found.markdown())
+        plot(found, out)
 
 
-def _table(found: Quality) -> Table:
-    table = Table(
-        title=f"{found.model}: dense perplexity {found.dense_perplexity:.3f} on {found.text}"
-    )
-    for column in ("compressed", "kept", "perplexity", "change", "checkpoint bytes", "KV B/token"):
-        table.add_column(column, justify="left" if column == "compressed" else "right")
-    for point in found.points:
-        table.add_row(
-            point.what,
-            f"{point.kept:g}",
-            f"{point.perplexity:.3f}",
-            f"{point.change_percent:+.2f} %",
-            f"{point.checkpoint_bytes:,}",
-            f"{point.kv_bytes_per_token:,}",
-        )
-    return table
+def _key(name: str, share: float, recipe: dict[str, object], texts: list[str]) -> str:
+    digest = hashlib.sha256(json.dumps([recipe, texts]).encode()).hexdigest()[:8]
+    return f"{name.replace(' ', '-')}-{share:g}-{digest}"
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

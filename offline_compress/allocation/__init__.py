@@ -1,6 +1,26 @@
-"""Rank allocation: from a budget and the shapes of a model to a RankPlan."""
+"""Rank allocation: from a budget, shapes and measurements to the share of every matrix.
 
-from offline_compress.allocation.kv_budget import Kept, KVBudget, LayerOverride, Mode
+A new allocator is a file here and a name in `AllocatorConfig`.
+"""
+
+from typing import Annotated, get_args
+
+from pydantic import Field
+
+from offline_compress.allocation.allocator import (
+    Allocator,
+    Asks,
+    Evidence,
+    Gated,
+    Matrix,
+    Offer,
+    Shares,
+)
+from offline_compress.allocation.block_influence import BlockInfluence
+from offline_compress.allocation.caches import plan_caches
+from offline_compress.allocation.knapsack import Knapsack
+from offline_compress.allocation.kv_budget import Kept, KVBudget, LayerOverride
+from offline_compress.allocation.learned import Learned
 from offline_compress.allocation.plan import (
     CachePlan,
     CalibrationCost,
@@ -8,20 +28,42 @@ from offline_compress.allocation.plan import (
     RankPlan,
     Totals,
 )
-from offline_compress.allocation.uniform import plan_caches, plan_matrices, plan_matrix, rank_at
+from offline_compress.allocation.strs import Strs
+from offline_compress.allocation.truncation_loss import TruncationLoss
+from offline_compress.allocation.uniform import Uniform
+from offline_compress.allocation.water_filling import WaterFilling
+
+Allocators = Uniform | Strs | TruncationLoss | WaterFilling | Learned | BlockInfluence | Knapsack
+AllocatorConfig = Annotated[Allocators, Field(discriminator="name")]
+
+ALLOCATORS: dict[str, type[Allocator]] = {
+    allocator.model_fields["name"].default: allocator for allocator in get_args(Allocators)
+}
 
 __all__ = [
+    "ALLOCATORS",
+    "Allocator",
+    "AllocatorConfig",
+    "Asks",
+    "BlockInfluence",
     "CachePlan",
     "CalibrationCost",
+    "Evidence",
+    "Gated",
     "KVBudget",
     "Kept",
+    "Knapsack",
     "LayerOverride",
+    "Learned",
+    "Matrix",
     "MatrixPlan",
-    "Mode",
+    "Offer",
     "RankPlan",
+    "Shares",
+    "Strs",
     "Totals",
+    "TruncationLoss",
+    "Uniform",
+    "WaterFilling",
     "plan_caches",
-    "plan_matrices",
-    "plan_matrix",
-    "rank_at",
 ]

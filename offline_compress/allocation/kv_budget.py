@@ -1,11 +1,12 @@
 """How many K/V channels a recipe lets each attention layer cache."""
 
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
-Mode = Literal["pre", "post"]
+from vllm_svd.format import Mode
+
 Kept = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 

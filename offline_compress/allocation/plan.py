@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from vllm_svd.format import KVProjection
+from vllm_svd.format import KVProjection, Module
 
 
 class _Frozen(BaseModel):
@@ -12,23 +12,25 @@ class _Frozen(BaseModel):
 
 
 class MatrixPlan(_Frozen):
-    """One weight [m, n]; it stays dense, for the stated reason, where `rank` is None."""
+    """One weight [m, n]: the artefact it becomes, or the reason why it stays dense."""
 
     out_features: int
     in_features: int
-    rank: int | None = None
+    module: Module | None = None
     method: str = "dense"
     reason: str | None = None
 
     @property
-    def dense_parameters(self) -> int:
-        return self.out_features * self.in_features
+    def rank(self) -> int | None:
+        """Of a low-rank artefact."""
+        return getattr(self.module, "rank", None)
 
-    @property
-    def parameters(self) -> int:
-        if self.rank is None:
-            return self.dense_parameters
-        return self.rank * (self.out_features + self.in_features)
+    def dense_bytes(self, item_bytes: int) -> int:
+        return self.out_features * self.in_features * item_bytes
+
+    def bytes(self, item_bytes: int) -> int:
+        """On disk, with everything that the artefact needs."""
+        return self.module.bytes(item_bytes) if self.module else self.dense_bytes(item_bytes)
 
 
 class CachePlan(_Frozen):
@@ -55,16 +57,21 @@ class CachePlan(_Frozen):
 
 
 class CalibrationCost(_Frozen):
-    """What factorising holds in memory, and how often the model runs over the calibration text.
+    """What compressing takes, in bytes at its peak and in operations.
 
-    `gram_bytes` are those of the largest group of Grams held at once, in fp64; `workspace_bytes`
-    those of the largest factorisation; `weight_elements` are in memory in the compute dtype.
+    On the device: `block_bytes` (a decoder block, dense and compressed), `gram_bytes` (its moments
+    in fp64) and `workspace_bytes` (the largest factorisation). On the host, in memory or in a
+    mapped file: `hidden_bytes`. In the work directory: `work_bytes`. Operations of model passes,
+    in the compute dtype, and of factorisations, in fp64.
     """
 
-    passes: int
+    block_bytes: int
     gram_bytes: int
     workspace_bytes: int
-    weight_elements: int
+    hidden_bytes: int
+    work_bytes: int
+    forward_operations: int
+    factor_operations: int
 
 
 class Totals(_Frozen):
@@ -73,9 +80,9 @@ class Totals(_Frozen):
     What is copied is as the source stores it on both sides. KV bytes are of the plan's dtype.
     """
 
-    linear_parameters_dense: int
-    linear_parameters: int
-    linear_parameters_kept: float
+    linear_bytes_dense: int
+    linear_bytes: int
+    linear_kept: float
     checkpoint_bytes_dense: int
     checkpoint_bytes: int
     kv_bytes_per_token_dense: int
@@ -110,9 +117,9 @@ class RankPlan(_Frozen):
         return 4 if self.dtype == "F32" else 2
 
     @property
-    def compressed(self) -> dict[str, int]:
-        """The ranks of the matrices that will be factorised."""
-        return {path: plan.rank for path, plan in self.matrices.items() if plan.rank is not None}
+    def compressed(self) -> dict[str, Module]:
+        """What the matrices that do not stay dense become."""
+        return {path: plan.module for path, plan in self.matrices.items() if plan.module}
 
     @property
     def projected(self) -> dict[str, KVProjection]:
@@ -123,16 +130,17 @@ class RankPlan(_Frozen):
     @property
     def totals(self) -> Totals:
         """What the checkpoint and its cache will weigh, beside the dense model."""
-        dense = sum(plan.dense_parameters for plan in self.matrices.values())
-        kept = sum(plan.parameters for plan in self.matrices.values())
+        item = self.item_bytes
+        dense = sum(plan.dense_bytes(item) for plan in self.matrices.values())
+        kept = sum(plan.bytes(item) for plan in self.matrices.values())
+        made = sum(module.bytes(item) for module in self.compressed.values())
         bases = sum(plan.basis_parameters for plan in self.caches.values())
-        factors = sum(plan.parameters for plan in self.matrices.values() if plan.rank is not None)
         return Totals(
-            linear_parameters_dense=dense,
-            linear_parameters=kept,
-            linear_parameters_kept=kept / dense if dense else 1.0,
+            linear_bytes_dense=dense,
+            linear_bytes=kept,
+            linear_kept=kept / dense if dense else 1.0,
             checkpoint_bytes_dense=self.source_bytes,
-            checkpoint_bytes=(factors + bases) * self.item_bytes + self.copied_bytes,
+            checkpoint_bytes=made + bases * item + self.copied_bytes,
             kv_bytes_per_token_dense=self.item_bytes
             * sum(plan.dense_channels for plan in self.caches.values()),
             kv_bytes_per_token=self.item_bytes

@@ -13,7 +13,7 @@ class TextError(SvdError):
 
 @dataclass(frozen=True)
 class Corpus:
-    """`calibration` [samples, context] and `held_out` [held_out_windows * context] token ids.
+    """`calibration` [samples, context] and `held_out` token ids, whole windows of the latter.
 
     The two share no token of the text. Each calibration window starts with the BOS token where
     the tokenizer prepends one by default, as a served prompt does; `held_out` is bare text.
@@ -26,8 +26,7 @@ class Corpus:
     def held_out_windows(self) -> torch.Tensor:
         """`held_out` in the shape of `calibration`: windows [n, context], with BOS."""
         span = self.calibration.shape[1] - (self.bos is not None)
-        count = len(self.held_out) // span
-        return _with_bos(self.held_out[: count * span].view(count, span), self.bos)
+        return _with_bos(self.held_out.view(-1, span), self.bos)
 
 
 def split(
@@ -44,7 +43,7 @@ def split(
     Calibration windows do not overlap: sorted random gaps are drawn between them, so any text of
     at least (samples + held_out) * context tokens suffices. Raises TextError with that number.
     """
-    needed = (samples + held_out) * context
+    needed = (samples + held_out) * context  # a token more per window than BOS leaves to be used
     if len(tokens) < needed:
         raise TextError(
             f"the text holds {len(tokens)} tokens; {samples} calibration and {held_out} held-out "
@@ -53,10 +52,8 @@ def split(
             "evaluation.samples"
         )
     span = context - (bos is not None)
-    body, tail = (
-        tokens[: len(tokens) - held_out * context],
-        tokens[len(tokens) - held_out * context :],
-    )
+    cut = len(tokens) - held_out * span
+    body, tail = tokens[:cut], tokens[cut:]
     generator = torch.Generator().manual_seed(seed)
     slack = len(body) - samples * span
     gaps, _ = torch.randint(slack + 1, (samples,), generator=generator).sort()

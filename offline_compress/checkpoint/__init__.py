@@ -2,12 +2,14 @@
 
 from offline_compress.checkpoint.inspect import Inspection, inspect
 from offline_compress.checkpoint.measurements import CacheError, MatrixError, Measurements
-from offline_compress.checkpoint.restore import restore
+from offline_compress.checkpoint.merge import merge
+from offline_compress.checkpoint.restore import Dropped, restore
 from offline_compress.checkpoint.writer import bytes_needed, write
 from offline_compress.staging import OutputError, ensure_room, ensure_vacant
 
 __all__ = [
     "CacheError",
+    "Dropped",
     "Inspection",
     "MatrixError",
     "Measurements",
@@ -16,6 +18,7 @@ __all__ = [
     "ensure_room",
     "ensure_vacant",
     "inspect",
+    "merge",
     "restore",
     "write",
 ]

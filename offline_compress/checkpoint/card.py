@@ -47,11 +47,15 @@ def card(plan: RankPlan, recipe: CompressionRecipe, measured: Measurements) -> s
 
 def _overview(plan: RankPlan, measured: Measurements) -> list[str]:
     totals = plan.totals
-    kept = totals.linear_parameters_kept
     return [
         "| | dense | compressed | kept |",
         "|---|---|---|---|",
-        _row("linear parameters", totals.linear_parameters_dense, totals.linear_parameters, kept),
+        _row(
+            "bytes of linear layers",
+            totals.linear_bytes_dense,
+            totals.linear_bytes,
+            totals.linear_kept,
+        ),
         _row(
             "checkpoint bytes",
             totals.checkpoint_bytes_dense,
@@ -65,6 +69,8 @@ def _overview(plan: RankPlan, measured: Measurements) -> list[str]:
             totals.kv_bytes_per_token / totals.kv_bytes_per_token_dense,
         ),
         f"| perplexity | {measured.perplexity_dense:.3f} | {measured.perplexity:.3f} | |",
+        f"| KL to dense, nats per token | 0 | {measured.kl_to_dense:.2e} | |",
+        f"| same most likely token | 1 | {measured.top1_agreement:.3f} | |",
     ]
 
 

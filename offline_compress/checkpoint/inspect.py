@@ -70,8 +70,8 @@ def _as_stored(
     matrices = {}
     for path, matrix in plan.matrices.items():
         module = config.modules.get(path)
-        rank, method = (module.rank, config.method) if module else (None, "dense")
-        matrices[path] = matrix.model_copy(update={"rank": rank, "method": method})
+        method = config.method if module else "dense"
+        matrices[path] = matrix.model_copy(update={"module": module, "method": method})
     caches = {
         path: cache.model_copy(update={"projection": config.kv.get(path)})
         for path, cache in plan.caches.items()

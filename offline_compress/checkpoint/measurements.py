@@ -30,7 +30,8 @@ class CacheError(_Frozen):
 
 class Measurements(_Frozen):
     """`perplexity` is per scored token: of `held_out_tokens` at the end of `text`, in windows of
-    `context`, `scored_tokens` had something before them.
+    `context`, `scored_tokens` had something before them. `kl_to_dense` is in nats per token,
+    `top1_agreement` the fraction of tokens with the same most likely successor.
     """
 
     base_model: str
@@ -42,6 +43,8 @@ class Measurements(_Frozen):
     context: int
     perplexity_dense: float
     perplexity: float
+    kl_to_dense: float
+    top1_agreement: float
     matrices: dict[str, MatrixError]
     caches: dict[str, CacheError]
     versions: dict[str, str]

@@ -10,24 +10,32 @@ import torch
 from safetensors.torch import save_file
 
 from offline_compress.progress import Progress, silent
-from offline_compress.weights import DType, item_bytes
 from vllm_svd.format import Manifest, ShardRecord, TensorRecord, sha256
+from vllm_svd.format.dtypes import DTYPE_BYTES
 from vllm_svd.format.manifest import INDEX_FILE, MANIFEST_FILE
 
 MAX_SHARD_BYTES = 4 << 30
+STORED_AS = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+}
 
 
 @dataclass(frozen=True)
 class Pending:
     """A tensor to be written: its description now, its values when its shard's turn comes."""
 
-    dtype: DType
+    dtype: str
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * item_bytes(self.dtype)
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 def write_shards(

@@ -12,12 +12,17 @@ from offline_compress import reference
 from offline_compress.allocation import RankPlan
 from offline_compress.checkpoint.card import card
 from offline_compress.checkpoint.measurements import MEASUREMENTS_FILE, Measurements
-from offline_compress.checkpoint.shards import MAX_SHARD_BYTES, Pending, write_shards
+from offline_compress.checkpoint.shards import (
+    MAX_SHARD_BYTES,
+    STORED_AS,
+    Pending,
+    write_shards,
+)
+from offline_compress.factors import Factors
 from offline_compress.kv.projection import KVBases
-from offline_compress.methods import LowRankFactors
 from offline_compress.progress import Progress, silent
 from offline_compress.recipe import CompressionRecipe
-from offline_compress.weights import Source
+from offline_compress.weights import Source, reference_to
 from vllm_svd.format import SvdCheckpointConfig, verify
 
 _HEADROOM = 1 << 20  # config, index, manifest, plan and card
@@ -35,9 +40,10 @@ def write(
     source: Source,
     recipe: CompressionRecipe,
     plan: RankPlan,
-    factors: Mapping[str, LowRankFactors],
+    factors: Mapping[str, Factors],
     bases: Mapping[str, KVBases],
     measured: Measurements,
+    base: Source | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = silent,
 ) -> None:
@@ -51,6 +57,7 @@ def write(
         method=recipe.weights.method.name if factors else "dense",
         modules={path: factor.config() for path, factor in factors.items()},
         kv={path: basis.config for path, basis in bases.items()},
+        base=reference_to(base, factors) if base is not None and factors else None,
     )
     write_shards(directory, _tensors(source, factors, bases), max_shard_bytes, progress)
     _write_config(source.directory / "config.json", directory / "config.json", config)
@@ -64,7 +71,7 @@ def write(
 
 
 def _tensors(
-    source: Source, factors: Mapping[str, LowRankFactors], bases: Mapping[str, KVBases]
+    source: Source, factors: Mapping[str, Factors], bases: Mapping[str, KVBases]
 ) -> dict[str, Pending]:
     """Every tensor to store, in the order of the model, factors in the place of their weight."""
     pending: dict[str, Pending] = {}
@@ -74,15 +81,15 @@ def _tensors(
             pending[name] = Pending(source.dtype_of(name), shape, partial(source.read, name))
             continue
         for part, tensor in factor.tensors(name.removesuffix(".weight")).items():
-            pending[part] = _held(source, tensor)
+            pending[part] = _held(tensor)
     for path, basis in bases.items():
         for name, tensor in basis.tensors(path).items():
-            pending[name] = _held(source, tensor)
+            pending[name] = _held(tensor)
     return pending
 
 
-def _held(source: Source, tensor: torch.Tensor) -> Pending:
-    return Pending(source.dtype, tuple(tensor.shape), lambda: tensor)
+def _held(tensor: torch.Tensor) -> Pending:
+    return Pending(STORED_AS[tensor.dtype], tuple(tensor.shape), lambda: tensor)
 
 
 def _write_config(dense: Path, path: Path, config: SvdCheckpointConfig) -> None:

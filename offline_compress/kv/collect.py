@@ -1,58 +1,75 @@
-"""One pass of a model over calibration windows: the moments of queries, keys and values."""
+"""The moments of queries, keys and values of one block, as it is compressed so far."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from offline_compress.allocation import Mode
-from offline_compress.calibration.run import run
-from offline_compress.families import Family, head_dim
+from offline_compress.calibration.collect import Streams
+from offline_compress.calibration.hidden_states import HiddenStates
+from offline_compress.calibration.network import Network, weight_of
+from offline_compress.families import Family
 from offline_compress.kv.rope import Rope
 from offline_compress.kv.statistics import KVStatistics
-from offline_compress.progress import Progress, silent
 from vllm_svd.errors import SvdError
+from vllm_svd.format import Mode
 
 
+@torch.no_grad()
 def collect(
-    model: PreTrainedModel,
-    family: Family,
-    windows: torch.Tensor,
-    modes: Mapping[str, Mode],
-    batch: int,
-    progress: Progress = silent,
-) -> dict[str, KVStatistics]:
-    """Statistics of every attention layer in `modes` (its path -> pre or post).
+    network: Network,
+    index: int,
+    block: nn.Module,
+    hidden: HiddenStates,
+    rows: list[slice],
+    streams: Streams,
+    mode: Mode,
+) -> KVStatistics:
+    """Statistics of the attention of `block` over the micro-batches `rows` of its inputs.
 
-    `windows` are token ids [samples, context], run `batch` samples at a time; only [d, d] moments
-    per head are held, in fp64 on the model's device. Raises SvdError for no windows, and for an
-    activation that is not finite, naming the layer.
+    Only [d, d] moments per head are held, in fp64 on the model's device. Raises SvdError for no
+    tokens at all, and for an activation that is not finite, naming the layer.
     """
-    rope = Rope.of(model)
-    moments = {path: _HeadMoments(model, path, mode, rope) for path, mode in modes.items()}
-    hooks = [hook for layer in moments.values() for hook in layer.hooks(family)]
-    run(model, windows, batch, hooks, progress, "K/V statistics")
-    return {path: layer.statistics(*windows.shape) for path, layer in moments.items()}
+    moments = _HeadMoments(network, index, block, mode, hidden.context)
+    hooks = moments.hooks(network.source.family)
+    try:
+        for batch in rows:
+            network.forward(index, block, hidden.read(batch, network.device))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return moments.statistics(streams)
 
 
 class _HeadMoments:
     """Running sums [kv_heads, d, d] of x x^T for the query, key and value of one layer."""
 
-    def __init__(self, model: PreTrainedModel, path: str, mode: Mode, rope: Rope) -> None:
-        self.model, self.path, self.mode, self.rope = model, path, mode, rope
-        self.heads, self.size = model.config.num_key_value_heads, head_dim(model.config)
-        self.sums: dict[str, torch.Tensor] = {}
+    def __init__(
+        self, network: Network, index: int, block: nn.Module, mode: Mode, context: int
+    ) -> None:
+        self.config, self.block, self.mode = network.config, block, mode
+        self.context = context  # known to a worker that has no sample, too
+        family: Family = network.source.family
+        self.path = f"{network.paths[index]}.{family.attention}"
+        self.attention = block.get_submodule(family.attention)
+        self.rope = Rope(network.rotary)
+        self.heads, self.size = self.config.num_key_value_heads, network.head_dim
+        self.sums = {
+            role: torch.zeros(
+                self.heads, self.size, self.size, dtype=torch.float64, device=network.device
+            )
+            for role in ("query", "key", "value")
+        }
+        self.tokens = torch.zeros(1, dtype=torch.float64, device=network.device)
 
     def hooks(self, family: Family) -> list[torch.utils.hooks.RemovableHandle]:
-        layer = self.model.get_submodule(self.path.removesuffix(f".{family.attention}"))
         outputs = {
             "query": family.query_output,
             "key": family.key_output,
             "value": family.value_output,
         }
         return [
-            layer.get_submodule(module).register_forward_hook(self._observer(role))
+            self.block.get_submodule(module).register_forward_hook(self._observer(role))
             for role, module in outputs.items()
         ]
 
@@ -77,17 +94,24 @@ class _HeadMoments:
                 f"{self.path}: the {role} holds values that are not finite\n"
                 "Remedy: check the checkpoint, or run the calibration in bfloat16 or float32"
             )
-        self.sums[role] = self.sums[role] + moment if role in self.sums else moment
+        self.sums[role] += moment
+        if role == "key":
+            self.tokens += samples * context
 
-    @torch.inference_mode()
-    def statistics(self, samples: int, context: int) -> KVStatistics:
-        tokens = samples * context
-        query, key, value = (self.sums[role] / tokens for role in ("query", "key", "value"))
-        attention = self.model.get_submodule(self.path)
+    def statistics(self, streams: Streams) -> KVStatistics:
+        for total in (self.tokens, *self.sums.values()):
+            streams.workers.sum(total)
+        if not self.tokens:
+            raise SvdError(
+                f"{self.path}: no tokens to take its K/V statistics from\n"
+                "Remedy: raise --samples or evaluation.samples"
+            )
+        query, key, value = (self.sums[role] / self.tokens for role in ("query", "key", "value"))
         if self.mode == "pre":
-            query = self.rope.read_metric(query, self._reach(attention, context))
+            query = self.rope.read_metric(query, self._reach())
         # o_proj.weight [hidden, query_heads * d]
-        weight = attention.o_proj.weight.double().unflatten(1, (self.heads, -1, self.size))
+        weight = weight_of(self.attention, "o_proj").double()
+        weight = weight.view(len(weight), self.heads, -1, self.size)
         output_metric = torch.einsum("okgd,okge->kde", weight, weight)
         return KVStatistics(
             mode=self.mode,
@@ -95,11 +119,11 @@ class _HeadMoments:
             query_metric=query.cpu(),
             value_moment=value.cpu(),
             output_metric=output_metric.cpu(),
-            tokens=tokens,
+            tokens=int(self.tokens),
         )
 
-    def _reach(self, attention: nn.Module, context: int) -> int:
+    def _reach(self) -> int:
         """The farthest offset to sample: half the context, and never beyond a sliding window."""
-        inherited = getattr(self.model.config, "sliding_window", None)
-        window = getattr(attention, "sliding_window", inherited)
-        return min(context // 2, window - 1 if window else context)
+        inherited = getattr(self.config, "sliding_window", None)
+        window = getattr(self.attention, "sliding_window", inherited)
+        return min(self.context // 2, window - 1 if window else self.context)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -12,10 +11,6 @@ class Rope:
     """The rotary module of a model, whatever its frequency scaling; half-split channel pairs."""
 
     module: nn.Module
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> "Rope":
-        return cls(model.base_model.rotary_emb)
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """R_p x for x [..., positions, d] and integer positions [positions], in x's dtype."""

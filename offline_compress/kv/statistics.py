@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offline_compress.allocation import Mode
+from vllm_svd.format import Mode
 
 
 @dataclass(frozen=True)

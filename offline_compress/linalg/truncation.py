@@ -35,6 +35,13 @@ def left_of_matrix(matrix: torch.Tensor, rank: int) -> Truncation:
     return Truncation(basis, _tail(values, rank))
 
 
+def spectrum_of(matrix: torch.Tensor) -> torch.Tensor:
+    """Squared singular values [min(m, k)] of X [m, k], descending, in fp64."""
+    rows, columns = matrix.shape
+    gram = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
+    return eigh(gram).values
+
+
 def _tail(values: torch.Tensor, rank: int) -> float:
     total = values.sum()
     return float(values[rank:].sum() / total) if total > 0 else 0.0

@@ -1,49 +1,163 @@
-"""What a compression method is: a frozen config that factorises one weight at a rank it is told."""
+"""What a compression method is: a frozen config that compresses the matrices of one layer."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import ClassVar
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
-from offline_compress.calibration import LayerStatistics, Needs
+from offline_compress.calibration.statistics import LayerStatistics, Needs
+from offline_compress.factors import Factors, LowRankFactors
+from offline_compress.kv.projection import KVBases
 from offline_compress.linalg import Truncation
-from offline_compress.methods.factors import LowRankFactors
+from offline_compress.methods.block import Block, Layer
+from vllm_svd.format import KVProjection, LowRank, Module
 
 
 @dataclass(frozen=True)
 class Factorization:
-    """Factors in fp64 and what they lose.
+    """A compressed matrix and what it loses.
 
-    `loss` is tr(E M E^T) / tr(W M W^T) with E = W - B A, in the metric M [n, n] that the method
-    minimises: the dropped tail. For svd_llm M is the Gram itself, without the damping, which is
-    relative to its mean diagonal.
+    `loss` is tr(E M E^T) / tr(W M W^T) with E = W - W', in the metric M [n, n] that the method
+    minimises, before rounding to the stored dtype. For svd_llm M is the Gram itself, without the
+    damping, which is relative to its mean diagonal, and with `update` the shifted Gram. Methods of
+    two metrics lose tr(Y E X E^T) / tr(Y W X W^T), both as damped and shrunk.
     """
 
-    factors: LowRankFactors
+    factors: Factors
     loss: float
     damping: float = 0.0
 
 
-class Method(Protocol):
+@dataclass(frozen=True)
+class Compressed:
+    """What became of a layer; `bases` where the method itself reduces the K/V cache."""
+
+    matrices: Mapping[str, Factorization] = field(default_factory=dict)
+    bases: KVBases | None = None
+
+
+class Method(BaseModel, ABC):
     """A member of the recipe's union: pydantic, frozen, told apart by `name`."""
 
-    needs: ClassVar[Needs]
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+
+    paper: ClassVar[str]
+    when: ClassVar[str]
+    artefact: ClassVar[str]
+    # The allocator that the method was published with.
+    allocator: ClassVar[str] = "uniform"
+    # Whether `compress` reads the energies of queries and keys.
+    reads_attention: ClassVar[bool] = False
 
     @property
-    def name(self) -> str: ...
+    @abstractmethod
+    def needs(self) -> Needs:
+        """The moments that `compress` reads."""
 
+    @property
+    def base_model(self) -> str | None:
+        """The model, a directory or a hub id, that a delta is taken against."""
+        return None
+
+    @abstractmethod
+    def modules_at(
+        self, layer: Layer, shares: Mapping[str, Fraction], multiple: int = 1
+    ) -> dict[str, Module | str]:
+        """The artefact of every matrix within its share of its dense bytes, or why it stays dense.
+
+        Ranks and sizes are rounded down to a multiple, at least one.
+        """
+
+    def projection_at(self, layer: Layer, shares: Mapping[str, Fraction]) -> KVProjection | None:  # noqa: ARG002
+        """The reduced K/V cache that the method makes of the layer by itself, if it does."""
+        return None
+
+    @abstractmethod
+    def compress(self, block: Block, wanted: Mapping[str, Module]) -> Compressed:
+        """Make the artefacts of `wanted`, in fp64 where they are not packed."""
+
+
+class OfferingMethod(Method):
+    """A method that makes several artefacts of a matrix and predicts what each would lose."""
+
+    @property
+    @abstractmethod
+    def menu_needs(self) -> Needs:
+        """The moments of the dense model that `menu` reads."""
+
+    @abstractmethod
+    def menu(
+        self, layer: Layer, path: str, weight: torch.Tensor, statistics: LayerStatistics
+    ) -> list[tuple[Fraction, float]]:
+        """(share of the dense bytes, predicted loss in nats per token) of every artefact."""
+
+
+class LowRankMethod(Method):
+    """A method that truncates each matrix by itself at a rank it is told."""
+
+    artefact: ClassVar[str] = "two factors in the model's dtype"
+
+    @abstractmethod
     def factorize(
         self, weight: torch.Tensor, statistics: LayerStatistics, rank: int
     ) -> Factorization:
         """Approximate W [m, n] by B [m, rank] @ A [rank, n]."""
-        ...
+
+    @abstractmethod
+    def spectrum(self, weight: torch.Tensor, statistics: LayerStatistics) -> torch.Tensor:
+        """What each rank adds [min(m, n)], descending, in fp64: truncation at r loses the rest.
+
+        In the method's own metric and not normalised, so its sum is tr(W M W^T).
+        """
+
+    def rank_share(self, rows: int, columns: int, item_bytes: int) -> Fraction:  # noqa: ARG002
+        """The fraction of the dense bytes of W [m, n] that one rank takes."""
+        return Fraction(rows + columns, rows * columns)
+
+    def modules_at(
+        self, layer: Layer, shares: Mapping[str, Fraction], multiple: int = 1
+    ) -> dict[str, Module | str]:
+        return {
+            path: low_rank_at(*layer.shapes[path], share, multiple)
+            for path, share in shares.items()
+        }
+
+    def compress(self, block: Block, wanted: Mapping[str, Module]) -> Compressed:
+        found = {}
+        for path, module in wanted.items():
+            assert isinstance(module, LowRank)  # of modules_at, never of a user
+            found[path] = self.factorize(block.weights[path], block.statistics[path], module.rank)
+        return Compressed(found)
+
+
+def low_rank_at(rows: int, columns: int, share: Fraction, multiple: int) -> LowRank | str:
+    """The largest rank, a multiple, whose factors hold at most `share` of the parameters."""
+    if share >= 1:
+        return "its share is all of it"
+    rank = rank_at(share, rows, columns)
+    rank = max(multiple, rank - rank % multiple)
+    factors, dense = rank * (rows + columns), rows * columns
+    if factors >= dense:
+        return f"factors of rank {rank} hold {factors} parameters, the matrix {dense}"
+    return LowRank(out_features=rows, in_features=columns, rank=rank)
+
+
+def rank_at(share: Fraction, rows: int, columns: int) -> int:
+    """floor(share m n / (m + n)): the largest rank whose factors hold `share` of the parameters."""
+    return int(share * rows * columns / (rows + columns))
 
 
 def workspace_bytes(out_features: int, in_features: int) -> int:
     """fp64 bytes that factorising W [m, n] takes at most, beside W and its Gram.
 
     Five matrices of the shape of W (copies and errors of it, both factors) and six of its smaller
-    side squared (eigenvectors and LAPACK's workspace); measured within 1.4 times the real peak.
+    side squared (eigenvectors and LAPACK's workspace); measured within twice the real peak.
     """
     smaller = min(out_features, in_features)
     return 8 * (5 * out_features * in_features + 6 * smaller * smaller)

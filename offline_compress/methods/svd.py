@@ -6,21 +6,23 @@ min ||W - B A||_F over B [m, r], A [r, n]: W = U Sigma V^T, B = U_r, A = Sigma_r
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
-from offline_compress.calibration import LayerStatistics, Needs
-from offline_compress.linalg import left_of_matrix
-from offline_compress.methods.method import Factorization, projected
+from offline_compress.calibration.statistics import LayerStatistics, Needs
+from offline_compress.linalg import left_of_matrix, spectrum_of
+from offline_compress.methods.method import Factorization, LowRankMethod, projected
 
 
-class Svd(BaseModel):
+class Svd(LowRankMethod):
     """Ignores the data: every input direction counts the same."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    needs: ClassVar[Needs] = "nothing"
+    paper: ClassVar[str] = "Eckart and Young, Psychometrika 1 (1936)"
+    when: ClassVar[str] = "as the baseline that every other method must beat"
 
     name: Literal["svd"] = "svd"
+
+    @property
+    def needs(self) -> Needs:
+        return frozenset()
 
     def factorize(
         self,
@@ -30,3 +32,10 @@ class Svd(BaseModel):
     ) -> Factorization:
         """The metric of the loss is the identity."""
         return projected(weight, left_of_matrix(weight.double(), rank))
+
+    def spectrum(
+        self,
+        weight: torch.Tensor,
+        statistics: LayerStatistics,  # noqa: ARG002
+    ) -> torch.Tensor:
+        return spectrum_of(weight.double())

@@ -3,32 +3,47 @@
 min E||(W - B A) x||^2: W S = U Sigma V^T for any S S^T = C [n, n], B = U_r, A = Sigma_r V_r^T S^-1.
 For m <= n, U are the eigenvectors of W C W^T [m, m], the inverse-free form of Swift-SVD (arXiv
 2604.01609); for m > n, S = L of Cholesky and L^T W^T W L [n, n]. Both take A = U_r^T W.
+
+The layer-wise update of the paper's first versions then holds A and fits B to the inputs x' that
+the compressed layers before leave: min E||(W - B A) x'||^2, B = W C' A^T (A C' A^T)^-1.
 """
 
 from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
-from offline_compress.calibration import LayerStatistics, Needs
-from offline_compress.linalg import cholesky, left_of_gram, left_of_matrix
-from offline_compress.methods.method import Factorization, projected
+from offline_compress.calibration.statistics import LayerStatistics, Needs
+from offline_compress.factors import LowRankFactors
+from offline_compress.linalg import (
+    cholesky,
+    eigh,
+    left_of_gram,
+    left_of_matrix,
+    regressed,
+    spectrum_of,
+)
+from offline_compress.methods.method import Factorization, LowRankMethod, projected
 
 
-class SvdLlm(BaseModel):
+class SvdLlm(LowRankMethod):
     """Optimal at its rank for the calibration inputs: dropping sigma_i costs sigma_i^2."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    needs: ClassVar[Needs] = "gram"
+    paper: ClassVar[str] = "Wang et al., ICLR 2025, arXiv 2403.07378"
+    when: ClassVar[str] = "low rank without gradients: the best per-matrix truncation"
 
     name: Literal["svd_llm"] = "svd_llm"
+    update: bool = False
+
+    @property
+    def needs(self) -> Needs:
+        gram: Needs = frozenset({"gram"})
+        return gram | {"shifted_gram"} if self.update else gram
 
     def factorize(
         self, weight: torch.Tensor, statistics: LayerStatistics, rank: int
     ) -> Factorization:
-        """The metric of the loss is the Gram, without damping."""
+        """The metric of the loss is the Gram, without damping; with `update` the shifted Gram."""
         rows, columns = weight.shape
         gram = statistics.gathered("gram").double()
         if not gram.trace() > 0:  # inputs never seen alive say nothing: plain truncation
@@ -36,7 +51,18 @@ class SvdLlm(BaseModel):
         else:
             form = output_form if rows <= columns else input_form
             found = form(weight, gram, rank)
+        if self.update:
+            gram = statistics.gathered("shifted_gram").double()
+            found = updated(weight, gram, found)
         return replace(found, loss=found.factors.output_error(weight, gram))
+
+    def spectrum(self, weight: torch.Tensor, statistics: LayerStatistics) -> torch.Tensor:
+        """Of the truncation; what an update recovers is not known before it."""
+        rows, columns = weight.shape
+        gram, double = statistics.gathered("gram").double(), weight.double()
+        if rows <= columns:
+            return eigh(double @ gram @ double.T).values
+        return spectrum_of(double @ cholesky(gram).factor)
 
 
 def output_form(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> Factorization:
@@ -49,3 +75,17 @@ def input_form(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> Factoriza
     """Through L^T W^T W L [n, n]: smaller than the output form when m > n."""
     factor, damping = cholesky(gram)
     return projected(weight, left_of_matrix(weight.double() @ factor, rank), damping)
+
+
+def updated(weight: torch.Tensor, gram: torch.Tensor, found: Factorization) -> Factorization:
+    """The same A with the best B for inputs of this Gram [n, n].
+
+    Solved for the change of B, from what the truncation leaves of W: damping then pulls B to where
+    it was, not to zero, so the error never rises and dead inputs change nothing.
+    """
+    factors = found.factors
+    assert isinstance(factors, LowRankFactors)  # of the forms above, never of a user
+    latent = gram @ factors.A.T
+    change, damping = regressed((weight.double() - factors.dense()) @ latent, factors.A @ latent)
+    moved = LowRankFactors(A=factors.A, B=factors.B + change)
+    return replace(found, factors=moved, damping=max(found.damping, damping))

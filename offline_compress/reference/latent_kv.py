@@ -1,10 +1,11 @@
 """K/V channel projections inside a transformers model: keys and values pass through the latent."""
 
-from typing import Any
+import copy
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -45,31 +46,30 @@ class LatentKV(nn.Module):
         return (grouped @ self.k_up[:, None]).flatten(1, 2), key @ self.k_down.mT
 
 
-def install_kv(model: PreTrainedModel, family: Family, path: str, bases: KVBases) -> None:
-    """Make the attention layer at `path` read its keys and values through `bases`.
+def install_kv(layer: nn.Module, family: Family, path: str, bases: KVBases) -> None:
+    """Make the attention of a decoder layer read its keys and values through `bases`.
 
-    `pre` keys pass through the latent before RoPE. `post` switches the model to an attention
-    function that projects the rotated query and key; layers without bases keep plain SDPA there.
-    Raises SvdError if the layer already has bases or its heads have another shape.
+    `pre` keys pass through the latent before RoPE. `post` gives this attention a config of its own
+    with an attention function that projects the rotated query and key. `path` names the attention
+    in errors: SvdError if it already has bases or its heads have another shape.
     """
-    attention = model.get_submodule(path)
+    attention: Any = layer.get_submodule(family.attention)
     if hasattr(attention, "attn"):
         raise SvdError(
             f"{path}: K/V projections are already installed\nRemedy: start from the dense model"
         )
     config = bases.config
-    found = (model.config.num_key_value_heads, attention.head_dim)
+    found = (attention.config.num_key_value_heads, attention.head_dim)
     if found != (config.num_kv_heads, config.head_dim):
         raise SvdError(
             f"{path}: bases for {config.num_kv_heads} KV heads of size {config.head_dim}; the "
             f"layer has {found[0]} of size {found[1]}\nRemedy: project this very layer"
         )
-    like = attention.o_proj.weight
+    like = cast(torch.Tensor, layer.get_submodule("input_layernorm").weight)  # never packed
     attention.attn = latent = LatentKV(bases.to(like.dtype)).to(like.device)
-    layer = model.get_submodule(path.removesuffix(f".{family.attention}"))
     layer.get_submodule(family.value_output).register_forward_hook(latent.pass_value)
     if latent.post:
-        _switch_attention(model)
+        _switch_attention(attention)
     else:
         layer.get_submodule(family.key_output).register_forward_hook(latent.pass_key)
 
@@ -92,10 +92,11 @@ def latent_sdpa(
     return output
 
 
-def _switch_attention(model: PreTrainedModel) -> None:
+def _switch_attention(attention: Any) -> None:
     AttentionInterface.register(ATTENTION, latent_sdpa)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    model.set_attn_implementation(ATTENTION)
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = ATTENTION
 
 
 def _through(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -9,17 +9,19 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from offline_compress.families import Family, family_of, head_dim, layer_paths
+from offline_compress.factors import DeltaFactors
+from offline_compress.families import Family, family_of, head_dim, layer_paths, unfuse
 from offline_compress.kv.projection import KVBases
-from offline_compress.methods.factors import LowRankFactors
+from offline_compress.reference.compressed_linear import CompressedLinear, install_skeleton
 from offline_compress.reference.latent_kv import install_kv
-from offline_compress.reference.low_rank import install_factors
 from offline_compress.weights import (
     TORCH_DTYPES,
     DType,
+    Source,
     SourceError,
     meta_model,
     model_config,
+    open_base,
     open_source,
 )
 from vllm_svd.errors import CheckpointFormatError, SvdError
@@ -29,18 +31,22 @@ from vllm_svd.format.manifest import read_manifest
 
 
 def load(
-    directory: Path, device: torch.device | str, dtype: torch.dtype | None = None
+    directory: Path,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
 ) -> PreTrainedModel:
     """The model in `directory`, in evaluation mode on `device`, in `dtype` or the config's own.
 
     RoPE frequencies stay in fp32 whatever `dtype` is; `.to(dtype)` on the result would round them.
+    Deltas are added to the weights of `base`, or of the model that the checkpoint names.
     Raises CheckpointFormatError if a compressed checkpoint is damaged or incomplete, and SvdError
     if a dense one is, or if another quantisation method wrote it.
     """
     directory = Path(directory)
     if not _is_compressed(directory):
         return _load_dense(directory, dtype).to(device).eval()
-    return _load_compressed(directory, verify(directory), dtype).to(device).eval()
+    return _load_compressed(directory, verify(directory), dtype, base).to(device).eval()
 
 
 def describe(directory: Path) -> tuple[PretrainedConfig, torch.dtype]:
@@ -124,23 +130,46 @@ def _load_dense(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             f"{directory} does not match its config.json: {'; '.join(problems)}\n"
             "Remedy: copy the dense checkpoint again"
         )
+    unfuse(model, family_of(model.config))
     return model
 
 
 def _load_compressed(
-    directory: Path, config: SvdCheckpointConfig, dtype: torch.dtype | None
+    directory: Path,
+    config: SvdCheckpointConfig,
+    dtype: torch.dtype | None,
+    base: str | Path | None,
 ) -> PreTrainedModel:
     model = check(directory, config, dtype)
     # RoPE frequencies are computed, never stored
     model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=model.config)
+    packed = {name for name, stored in config.tensors().items() if stored.dtype}
     state = {
-        name: tensor.to(model.dtype)
+        name: tensor if name in packed else tensor.to(model.dtype)
         for shard in read_manifest(directory).shards
         for name, tensor in load_file(directory / shard).items()
     }
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
+    if config.deltas:
+        _add_deltas(model, config, open_base(config, base))
     return model
+
+
+def _add_deltas(model: PreTrainedModel, config: SvdCheckpointConfig, base: Source) -> None:
+    """Make each delta an ordinary linear layer on the weight of the base."""
+    for path in config.deltas:
+        layer = cast(CompressedLinear, model.get_submodule(path))
+        factors = cast(DeltaFactors, layer.factors()).on(base.read(f"{path}.weight"))
+        module = config.modules[path]
+        with torch.device("meta"):
+            linear = nn.Linear(module.in_features, module.out_features, bias=False)
+        weight = factors.dense().to(model.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.register_parameter("bias", layer.bias)
+        linear._forward_hooks.update(layer._forward_hooks)  # those of K/V projections
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, linear)
 
 
 def _misfits(dense: PreTrainedModel, family: Family, config: SvdCheckpointConfig) -> list[str]:
@@ -174,8 +203,8 @@ def _stored_dtype(
 ) -> torch.dtype:
     if of_model.dtype is not None:
         return cast(torch.dtype, of_model.dtype)
-    stored = [*config.tensors(), *manifest.tensors]
-    return TORCH_DTYPES[cast(DType, manifest.tensors[stored[0]].dtype)]
+    own = next(name for name in manifest.tensors if name not in config.tensors())
+    return TORCH_DTYPES[cast(DType, manifest.tensors[own].dtype)]
 
 
 def _skeleton(
@@ -183,13 +212,13 @@ def _skeleton(
 ) -> PreTrainedModel:
     """The compressed model with every parameter on the meta device."""
     model = dense.to(dtype)
+    for path, module in config.modules.items():
+        install_skeleton(model, path, module, dtype)
     with torch.device("meta"):
-        for path, module in config.modules.items():
-            factors = (torch.empty(shape) for shape in module.tensors(path).values())
-            install_factors(model, path, LowRankFactors(*factors))
         for path, projection in config.kv.items():
-            bases = (torch.empty(shape) for shape in projection.tensors(path).values())
-            install_kv(model, family, path, KVBases(projection, *bases))
+            bases = (torch.empty(stored.shape) for stored in projection.tensors(path).values())
+            layer = model.get_submodule(path.removesuffix(f".{family.attention}"))
+            install_kv(layer, family, path, KVBases(projection, *bases))
     return model
 
 

@@ -1,5 +1,6 @@
 """Reading the dense model."""
 
+from offline_compress.weights.base import open_base, reference_to
 from offline_compress.weights.shards import (
     TORCH_DTYPES,
     DType,
@@ -17,6 +18,8 @@ __all__ = [
     "item_bytes",
     "meta_model",
     "model_config",
+    "open_base",
     "open_source",
+    "reference_to",
     "shard_errors",
 ]

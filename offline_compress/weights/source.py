@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from offline_compress.families import Family, family_of
+from offline_compress.families import Family, family_of, unfuse
 from offline_compress.weights.hub import COMPANIONS, resolve
 from offline_compress.weights.shards import (
     HEAD,
@@ -53,6 +53,11 @@ class Source:
     @property
     def torch_dtype(self) -> torch.dtype:
         return TORCH_DTYPES[self.dtype]
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one stored weight."""
+        return item_bytes(self.dtype)
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """[m, n] of every compressible linear layer, in execution order."""
@@ -116,7 +121,10 @@ def model_config(directory: Path) -> PretrainedConfig:
 def meta_model(
     directory: Path, config: PretrainedConfig, dtype: torch.dtype | None = None
 ) -> torch.nn.Module:
-    """The dense model on the meta device; raises SourceError if `config` does not make one."""
+    """The dense model on the meta device, its experts, if any, as linear layers of their own.
+
+    Raises SourceError if `config` does not make one.
+    """
     try:
         with torch.device("meta"):
             model: torch.nn.Module = AutoModelForCausalLM.from_config(
@@ -126,6 +134,7 @@ def meta_model(
             )
     except Exception as error:  # as above
         raise _refused(directory, error) from None
+    unfuse(model, family_of(config))
     return model
 
 
@@ -133,7 +142,7 @@ def _refused(directory: Path, error: Exception) -> SourceError:
     said = f"{type(error).__name__}: {error}"  # a KeyError's text alone is no message
     return SourceError(
         f"{directory}/config.json is not one transformers accepts: {said}\n"
-        "Remedy: give a Llama, Mistral, Qwen2 or Qwen3 model with the config.json it came with"
+        "Remedy: give a Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE model with its own config.json"
     )
 
 

@@ -62,8 +62,8 @@ def full_rank_weights(model: Path, out: Path) -> Path:
     for path, (m, n) in source.linears().items():
         if path.startswith("model.layers.1.") and path.endswith(("k_proj", "up_proj")):
             continue
-        ignored = LayerStatistics(gram=torch.eye(n), mean_abs=torch.ones(n), tokens=1)
-        found = Svd().factorize(source.read(f"{path}.weight"), ignored, min(m, n))
+        weight = source.read(f"{path}.weight")
+        found = Svd().factorize(weight, LayerStatistics(), min(m, n))
         factors[path] = found.factors.to(torch.float32)
     measured = Measurements(
         base_model=model.name,
@@ -75,6 +75,8 @@ def full_rank_weights(model: Path, out: Path) -> Path:
         context=0,
         perplexity_dense=0,
         perplexity=0,
+        kl_to_dense=0,
+        top1_agreement=1,
         matrices={},
         caches={},
         versions={},

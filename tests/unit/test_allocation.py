@@ -11,57 +11,64 @@ from offline_compress.allocation import (
     CalibrationCost,
     KVBudget,
     LayerOverride,
+    MatrixPlan,
     RankPlan,
     plan_caches,
-    plan_matrices,
-    plan_matrix,
-    rank_at,
 )
+from offline_compress.methods import Layer, Svd, low_rank_at, rank_at
+from offline_compress.planning import kept_of
+from offline_compress.recipe import CompressionRecipe
+from vllm_svd.format import Codebook, LowRank, LowRankInt8
 
 sizes = st.integers(1, 20000)
 shares = st.integers(1, 100).map(lambda percent: percent / 100)
+fractions = st.integers(1, 99).map(lambda percent: Fraction(percent, 100))
 
 
-@given(rows=sizes, columns=sizes, kept=shares)
-def test_the_rank_is_the_largest_within_the_budget(rows, columns, kept):
-    rank = rank_at(kept, rows, columns)
-    budget = Fraction(str(kept)) * rows * columns
-    assert rank * (rows + columns) <= budget < (rank + 1) * (rows + columns)
+@given(rows=sizes, columns=sizes, share=fractions)
+def test_the_rank_is_the_largest_within_the_budget(rows, columns, share):
+    rank = rank_at(share, rows, columns)
+    assert rank * (rows + columns) <= share * rows * columns < (rank + 1) * (rows + columns)
 
 
 def test_known_ranks_of_llama_7b():
-    assert [rank_at(0.8, *shape) for shape in ((4096, 4096), (11008, 4096))] == [1638, 2388]
-    assert [rank_at(0.6, *shape) for shape in ((1024, 4096), (14336, 4096))] == [491, 1911]
+    most, less = Fraction("0.8"), Fraction("0.6")
+    assert [rank_at(most, *shape) for shape in ((4096, 4096), (11008, 4096))] == [1638, 2388]
+    assert [rank_at(less, *shape) for shape in ((1024, 4096), (14336, 4096))] == [491, 1911]
 
 
 def test_kept_is_taken_in_decimals():
-    assert rank_at(0.29, 200, 200) == 29
+    recipe = CompressionRecipe.model_validate({"weights": {"kept": 0.29}})
+    assert rank_at(kept_of(recipe), 200, 200) == 29
 
 
-@given(rows=sizes, columns=sizes, kept=shares, multiple=st.sampled_from([1, 8, 64]))
-def test_a_planned_rank_is_a_multiple_that_saves_parameters(rows, columns, kept, multiple):
-    plan = plan_matrix(rows, columns, kept=kept, rank_multiple=multiple, method="svd")
-    if plan.rank is None:
-        assert plan.method == "dense"
-        assert plan.reason
-        assert plan.parameters == rows * columns
+@given(rows=sizes, columns=sizes, share=fractions, multiple=st.sampled_from([1, 8, 64]))
+def test_a_planned_rank_is_a_multiple_that_saves_parameters(rows, columns, share, multiple):
+    found = low_rank_at(rows, columns, share, multiple)
+    if isinstance(found, str):
+        smallest = max(multiple, rank_at(share, rows, columns) // multiple * multiple)
+        assert smallest * (rows + columns) >= rows * columns
+        assert found.startswith(f"factors of rank {smallest} hold ")
     else:
-        assert plan.reason is None
-        assert plan.rank % multiple == 0
-        assert 1 <= plan.rank <= min(rows, columns)
-        assert plan.parameters == plan.rank * (rows + columns) < rows * columns
-        assert plan.rank == multiple or plan.parameters <= kept * rows * columns
+        assert found.rank % multiple == 0
+        assert 1 <= found.rank <= min(rows, columns)
+        assert found.bytes(1) == found.rank * (rows + columns) < rows * columns
+        assert found.rank == multiple or found.bytes(1) <= share * rows * columns
 
 
 def test_a_matrix_too_small_to_save_says_why():
-    plan = plan_matrix(8, 8, kept=0.9, rank_multiple=4, method="svd")
-    assert plan.rank is None
-    assert plan.reason == "factors of rank 4 hold 64 parameters, the matrix 64"
+    reason = "factors of rank 4 hold 64 parameters, the matrix 64"
+    assert low_rank_at(8, 8, Fraction("0.9"), 4) == reason
 
 
-def test_kept_of_one_leaves_every_matrix_dense():
-    plans = plan_matrices({"a": (64, 64), "b": (8, 512)}, kept=1, rank_multiple=1, method="svd")
-    assert {(plan.rank, plan.reason) for plan in plans.values()} == {(None, "weights.kept is 1")}
+def test_every_matrix_of_a_layer_has_its_own_share():
+    layer = Layer("layer", {"a": (64, 64), "b": (8, 512), "c": (8, 8)}, 1, 1, 8, item_bytes=2)
+    given_shares = {"a": Fraction(1, 2), "b": Fraction(1), "c": Fraction(1, 100)}
+    assert Svd().modules_at(layer, given_shares) == {
+        "a": LowRank(out_features=64, in_features=64, rank=16),
+        "b": "its share is all of it",
+        "c": LowRank(out_features=8, in_features=8, rank=1),
+    }
 
 
 @given(kept=shares, head_dim=st.integers(1, 256), multiple=st.sampled_from([1, 8, 16]))
@@ -105,39 +112,63 @@ def test_overrides_the_model_has_no_place_for_are_all_named():
     ]
 
 
+MODULES = {
+    "q": LowRank(out_features=64, in_features=64, rank=16),
+    "gate": LowRankInt8(out_features=160, in_features=64, rank=22, correction=True),
+    "up": Codebook(
+        out_features=160, in_features=64, dim=2, index_bits=4, group_rows=32, group_columns=64
+    ),
+}
+
+
 @pytest.fixture
 def plan():
+    matrices = {
+        path: MatrixPlan(
+            out_features=module.out_features,
+            in_features=module.in_features,
+            module=module,
+            method="some",
+        )
+        for path, module in MODULES.items()
+    }
+    down = MatrixPlan(out_features=64, in_features=160, reason="its share is all of it")
     return RankPlan(
         dtype="BF16",
-        matrices=plan_matrices(
-            {"q": (64, 64), "gate": (160, 64)}, kept=0.5, rank_multiple=1, method="asvd"
-        ),
+        matrices=matrices | {"down": down},
         caches=plan_caches(["attention"], 2, 32, KVBudget(kept=0.25)),
         source_bytes=60_000,
-        copied_bytes=1000,
+        copied_bytes=1000 + 2 * 64 * 160,
         calibration=CalibrationCost(
-            passes=1, gram_bytes=65_536, workspace_bytes=9, weight_elements=15_000
+            block_bytes=1,
+            gram_bytes=2,
+            workspace_bytes=3,
+            hidden_bytes=4,
+            work_bytes=5,
+            forward_operations=6,
+            factor_operations=7,
         ),
     )
 
 
 def test_totals_are_the_sums_of_the_parts(plan):
     totals = plan.totals
-    assert plan.compressed == {"q": 16, "gate": 22}
-    assert totals.linear_parameters_dense == 64 * 64 + 160 * 64
-    assert totals.linear_parameters == 16 * 128 + 22 * 224
-    bases = sum(_size(shape) for shape in plan.projected["attention"].tensors("x").values())
-    assert totals.checkpoint_bytes == 2 * (totals.linear_parameters + bases) + 1000
+    assert plan.compressed == MODULES
+    assert [matrix.rank for matrix in plan.matrices.values()] == [16, 22, None, None]
+    assert totals.linear_bytes_dense == 2 * (64 * 64 + 3 * 160 * 64)
+    made = {
+        "q": 2 * 16 * 128,
+        "gate": 22 * 224 + 2 * 4 * 22 + 2 * 160,  # int8, two scales a rank, a correction
+        "up": 160 * 4 * (32 * 4 // 32) + 5 * 1 * (16 * 2 + 4),  # indices, codebooks and scales
+    }
+    assert {path: module.bytes(2) for path, module in MODULES.items()} == made
+    assert totals.linear_bytes == sum(made.values()) + 2 * 64 * 160
+    assert totals.linear_kept == totals.linear_bytes / totals.linear_bytes_dense
+    bases = sum(stored.bytes(2) for stored in plan.projected["attention"].tensors("x").values())
+    assert totals.checkpoint_bytes == sum(made.values()) + bases + plan.copied_bytes
     assert (totals.kv_bytes_per_token_dense, totals.kv_bytes_per_token) == (256, 64)
     assert totals.checkpoint_bytes_dense == 60_000
 
 
 def test_a_plan_survives_its_file(plan):
     assert RankPlan.parse(json.loads(plan.model_dump_json())) == plan
-
-
-def _size(shape):
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size

@@ -232,7 +232,9 @@ def test_debug_shows_the_error_itself(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_killed_run_leaves_nothing(tiny_checkpoint, short_text, recipe, tmp_path, number):
+def test_a_killed_run_leaves_what_the_next_one_takes_up(
+    invoke, tiny_checkpoint, short_text, recipe, tmp_path, number
+):
     recipe.write_text("calibration: {samples: 20, context: 64, batch: 1}\n")
     # The suite itself may run under nohup, which children inherit.
     code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
@@ -248,13 +250,18 @@ def test_a_killed_run_leaves_nothing(tiny_checkpoint, short_text, recipe, tmp_pa
             stdout=subprocess.DEVNULL,
             stderr=errors,
         )
-        while not list(tmp_path.glob(".out.*.partial")):
+        while not list(tmp_path.glob(".out.work/*/lock")):
             assert process.poll() is None, marker.read_text()
             time.sleep(0.02)
         process.send_signal(number)
         assert process.wait(timeout=120) == 128 + number
     assert "Traceback" not in marker.read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "errors.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "errors.txt", ".out.work"}
+    command = ("run", tiny_checkpoint("llama"), tmp_path / "out", "--recipe", recipe)
+    code, _, errors = invoke(*command, "--text", short_text)
+    assert code == 0
+    assert "note:" not in errors
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "errors.txt", "out"}
 
 
 def test_nohup_stays_in_force(monkeypatch):
@@ -266,11 +273,14 @@ def test_nohup_stays_in_force(monkeypatch):
 
 
 def test_what_a_killed_run_left_is_named_and_stays(invoke, model, recipe, short_text, tmp_path):
-    left = tmp_path / ".out.0123abcd.partial"
-    left.mkdir()
-    (left / "half.safetensors").write_bytes(b"x" * 1234)
+    partial, work = tmp_path / ".out.0123abcd.partial", tmp_path / ".out.work" / "0123abcd"
+    for left in (partial, work):
+        left.mkdir(parents=True)
+        (left / "half.safetensors").write_bytes(b"x" * 1234)
     command = ("run", model, tmp_path / "out", "--recipe", recipe, "--text", short_text)
     code, _, errors = invoke(*command)
     assert code == 0
-    assert f"{left} (1,234 bytes)" in errors
-    assert left.is_dir()
+    for left in (partial, work):
+        assert f"{left} (1,234 bytes)" in errors
+        assert left.is_dir()
+    assert [path.name for path in work.parent.iterdir()] == ["0123abcd"]

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from offline_compress.evaluation import default_bos, perplexity, tokenize_file
+from offline_compress.evaluation import default_bos, fidelity, perplexity, tokenize_file
 from offline_compress.reference import load
 from vllm_svd.errors import SvdError
 
@@ -122,6 +122,61 @@ def test_a_context_beyond_the_positions_is_refused(model):
     assert perplexity(model, text[:positions], positions, 1).windows == 1
     with pytest.raises(SvdError, match=f"{positions + 1} tokens exceeds the model's {positions}"):
         perplexity(model, text, positions + 1, 1)
+
+
+@pytest.fixture(scope="module")
+def network(noisy_checkpoint, network_of):
+    return network_of(noisy_checkpoint("qwen2"))
+
+
+@pytest.fixture(scope="module")
+def windows(tokens):
+    """Of which the last three are held out."""
+    return tokens[:80].view(5, 16)
+
+
+def noisy_streams(network, streams_of, windows, noise, batch=2):
+    """Hidden states behind the last block, those of the compressed model with noise on top."""
+    streams = streams_of(network, windows, held_out=3, batch=batch)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*windows.shape, network.config.hidden_size, generator=generator)
+    streams.dense.write(slice(0, 5), hidden)
+    other = hidden + noise * torch.randn(hidden.shape, generator=generator)
+    streams.compressed.write(slice(0, 5), other)
+    return streams, hidden[2:], other[2:]
+
+
+@torch.no_grad()
+def test_fidelity_is_the_definition_over_every_token_with_something_before_it(
+    network, streams_of, windows
+):
+    streams, *hidden = noisy_streams(network, streams_of, windows, noise=0.5)
+    found = fidelity(network, streams, windows[2:])
+    dense, other = (network.logits(h)[:, :-1].double().log_softmax(-1) for h in hidden)
+    targets = windows[2:, 1:, None]
+    assert found.tokens == 3 * 15
+    for measured, scores in ((found.perplexity_dense, dense), (found.perplexity, other)):
+        expected = math.exp(-float(scores.gather(-1, targets).mean()))
+        assert measured == pytest.approx(expected, rel=1e-6)
+    divergence = (dense.exp() * (dense - other)).sum(-1).mean()
+    assert found.kl == pytest.approx(float(divergence), rel=1e-5)
+    assert found.top1 == float((dense.argmax(-1) == other.argmax(-1)).double().mean()) < 1
+    again = fidelity(network, noisy_streams(network, streams_of, windows, 0.5, 1)[0], windows[2:])
+    assert again.kl == pytest.approx(found.kl, rel=1e-6)
+
+
+def test_a_model_is_faithful_to_itself(network, streams_of, windows):
+    streams, *_ = noisy_streams(network, streams_of, windows, noise=0)
+    found = fidelity(network, streams, windows[2:])
+    assert (found.kl, found.top1, found.perplexity) == (0, 1, found.perplexity_dense)
+
+
+def test_hidden_states_that_are_not_finite_are_refused(network, streams_of, windows):
+    streams, _, other = noisy_streams(network, streams_of, windows, noise=0.1)
+    other[1, 3] = float("nan")
+    streams.compressed.write(slice(2, 5), other)
+    with pytest.raises(SvdError, match="not finite"):
+        fidelity(network, streams, windows[2:])
 
 
 def test_text_is_one_string_without_special_tokens(tmp_path):

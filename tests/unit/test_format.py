@@ -6,14 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vllm_svd.errors import CheckpointFormatError
 from vllm_svd.format import (
+    Codebook,
     KVProjection,
     LowRank,
+    LowRankInt8,
     Manifest,
+    Reduced,
     ShardRecord,
+    Stored,
     SvdCheckpointConfig,
     TensorRecord,
     parse,
@@ -23,25 +27,38 @@ from vllm_svd.format import (
 from vllm_svd.format.manifest import read_header
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-ATTENTION = "model.layers.0.self_attn"
+ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
+SHAPE = {"out_features": 8, "in_features": 6}
+# One of each artefact, with everything that it may store.
 CONFIG = SvdCheckpointConfig(
     method="svd",
-    modules={f"{ATTENTION}.q_proj": LowRank(out_features=8, in_features=6, rank=3)},
+    modules={
+        f"{ATTENTION}.q_proj": LowRank(**SHAPE, rank=3),
+        f"{ATTENTION}.k_proj": LowRankInt8(**SHAPE, rank=4, a_tail=1, b_tail=2, correction=True),
+        f"{MLP}.gate_proj": Codebook(**SHAPE, dim=4, index_bits=5, group_rows=3, group_columns=4),
+        f"{MLP}.up_proj": Reduced(**SHAPE, kept_out=5, kept_in=2, correction=True),
+    },
     kv={ATTENTION: KVProjection(mode="pre", num_kv_heads=2, head_dim=4, k_rank=2, v_rank=3)},
 )
+DTYPES = {"F32": torch.float32, "I8": torch.int8, "I32": torch.int32}
+
+
+def stored(described: Stored, own: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor as `described`, of a model in the dtype `own`."""
+    return torch.ones(described.shape, dtype=DTYPES[described.dtype] if described.dtype else own)
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A small valid directory of two shards."""
-    tensors = {name: torch.randn(shape) for name, shape in CONFIG.tensors().items()}
-    tensors["model.embed_tokens.weight"] = torch.randn(5, 6)
-    names = sorted(tensors)
+    described = CONFIG.tensors() | {"model.embed_tokens.weight": Stored((5, 6))}
+    names = sorted(described)
     records = {}
     for shard, part in zip(SHARDS, (names[:3], names[3:]), strict=True):
-        save_file({name: tensors[name] for name in part}, tmp_path / shard)
+        save_file({name: stored(described[name]) for name in part}, tmp_path / shard)
         for name in part:
-            records[name] = TensorRecord(dtype="F32", shape=tuple(tensors[name].shape), shard=shard)
+            shape, dtype = described[name]
+            records[name] = TensorRecord(dtype=dtype or "F32", shape=shape, shard=shard)
     seal(tmp_path, records)
     raw = {"architectures": ["LlamaForCausalLM"], "quantization_config": CONFIG.model_dump()}
     (tmp_path / "config.json").write_text(json.dumps(raw))
@@ -74,12 +91,59 @@ def refusal(directory: Path, **options: bool) -> str:
     return str(refused.value)
 
 
+def replace(directory: Path, name: str, tensor: torch.Tensor, dtype: str) -> None:
+    """Store a tensor, another one or in place of its own, in a checkpoint that is sealed again."""
+    manifest = Manifest.model_validate_json((directory / "manifest.json").read_text())
+    shard = manifest.tensors[name].shard if name in manifest.tensors else SHARDS[1]
+    save_file(load_file(directory / shard) | {name: tensor}, directory / shard)
+    record = TensorRecord(dtype=dtype, shape=tuple(tensor.shape), shard=shard)
+    seal(directory, manifest.tensors | {name: record})
+
+
 def test_a_valid_checkpoint_gives_its_config(checkpoint):
     assert verify(checkpoint) == CONFIG
 
 
 def test_config_survives_json():
     assert parse(json.loads(CONFIG.model_dump_json()), "here") == CONFIG
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", CONFIG.modules)
+def test_an_artefact_knows_its_bytes(path, own):
+    module = CONFIG.modules[path]
+    assert all(name.startswith(f"{path}.") for name in module.tensors(path))
+    tensors = [stored(described, own) for described in module.tensors(path).values()]
+    assert module.bytes(own.itemsize) == sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("path", CONFIG.modules)
+def test_an_artefact_that_the_config_forgot_is_found_by_every_part(checkpoint, path):
+    edit(checkpoint / "config.json", lambda raw: raw["quantization_config"]["modules"].pop(path))
+    message = refusal(checkpoint)
+    for name in CONFIG.modules[path].tensors(path):
+        assert f"{name}: not named by config.json" in message
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dtype", "expected"),
+    [
+        ("q_proj.A", torch.int8, "dtype I8, config.json says BF16, F16, F32"),
+        ("k_proj.A_int8", torch.float32, "dtype F32, config.json says I8"),
+        ("k_proj.A_scale", torch.bfloat16, "dtype BF16, config.json says F32"),
+        ("k_proj.A_tail", torch.int32, "dtype I32, config.json says BF16, F16, F32"),
+    ],
+)
+def test_a_part_in_another_dtype_is_refused(checkpoint, suffix, dtype, expected):
+    name = f"{ATTENTION}.{suffix}"
+    tensor = stored(CONFIG.tensors()[name]).to(dtype)
+    replace(checkpoint, name, tensor, expected.split()[1].rstrip(","))
+    assert f"{name}: {expected}" in refusal(checkpoint)
+
+
+def test_a_dense_tensor_in_a_packed_dtype_is_refused(checkpoint):
+    replace(checkpoint, "model.embed_tokens.weight", torch.ones(5, 6, dtype=torch.int8), "I8")
+    assert "dtypes ['I8'] are not accepted; accepted are BF16, F16, F32" in refusal(checkpoint)
 
 
 def test_all_problems_are_listed_at_once(checkpoint):
@@ -150,27 +214,29 @@ def test_config_problems_are_named(checkpoint, change, expected):
     assert expected in refusal(checkpoint)
 
 
-def test_ranks_stay_within_their_matrix_and_head():
+def test_artefacts_stay_within_their_matrix_and_head():
     raw = json.loads(CONFIG.model_dump_json())
     raw["modules"][f"{ATTENTION}.q_proj"]["rank"] = 7
+    raw["modules"][f"{ATTENTION}.k_proj"]["a_tail"] = 9
+    raw["modules"][f"{MLP}.gate_proj"]["group_columns"] = 6
+    raw["modules"][f"{MLP}.up_proj"]["kept_in"] = 7
+    raw["modules"][f"{MLP}.down_proj"] = {"kind": "sketch", **SHAPE}
     raw["kv"][ATTENTION] |= {"k_rank": 5, "mode": "during"}
     with pytest.raises(CheckpointFormatError) as refused:
         parse(raw, "here")
     message = str(refused.value)
     assert "rank 7 exceeds the matrix [8, 6]; the largest rank is 6" in message
+    assert "tails of 9 columns and 2 rows exceed the matrix [8, 6]" in message
+    assert "group_columns 6 is no multiple of dim 4" in message
+    assert "[5, 7] exceeds the matrix [8, 6]" in message
+    assert f"{MLP}.down_proj" in message
+    for kind in ("'sketch'", *(f"'{module.kind}'" for module in CONFIG.modules.values())):
+        assert kind in message
     assert "mode" in message and "'pre' or 'post'" in message
 
 
 def test_a_dense_weight_beside_its_factors(checkpoint):
-    manifest = Manifest.model_validate_json((checkpoint / "manifest.json").read_text())
-    records = dict(manifest.tensors)
-    path = checkpoint / SHARDS[1]
-    from safetensors.torch import load_file
-
-    tensors = load_file(path) | {f"{ATTENTION}.q_proj.weight": torch.zeros(8, 6)}
-    save_file(tensors, path)
-    records[f"{ATTENTION}.q_proj.weight"] = TensorRecord(dtype="F32", shape=(8, 6), shard=SHARDS[1])
-    seal(checkpoint, records)
+    replace(checkpoint, f"{ATTENTION}.q_proj.weight", torch.zeros(8, 6), "F32")
     assert "q_proj.weight: a dense weight beside the factors" in refusal(checkpoint)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from offline_compress.kv import KVStatistics, kv_error, project
 from offline_compress.kv.basis import solve, weighted_error
 from vllm_svd.errors import SvdError
-from vllm_svd.format import KVProjection
+from vllm_svd.format import KVProjection, Stored
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.integers(2, 16)
@@ -177,7 +177,8 @@ def projection(k_rank: int, v_rank: int, **changed: object) -> KVProjection:
 def test_bases_have_the_shapes_the_format_promises():
     config = projection(k_rank=5, v_rank=3)
     tensors = project(statistics(3, 8), config).tensors("layer")
-    assert {name: tuple(t.shape) for name, t in tensors.items()} == config.tensors("layer")
+    stored = {name: Stored(tuple(tensor.shape)) for name, tensor in tensors.items()}
+    assert stored == config.tensors("layer")
 
 
 def test_each_head_and_each_side_is_solved_on_its_own():

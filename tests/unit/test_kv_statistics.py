@@ -1,5 +1,7 @@
 """K/V statistics against queries, keys and values computed by hand."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import (
@@ -11,29 +13,31 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import rotate_half
 
-from offline_compress.families import family_of, head_dim, layer_paths
+from offline_compress.calibration import Streams
+from offline_compress.families import head_dim, layer_paths
 from offline_compress.kv import collect
 from offline_compress.kv.rope import Rope
 from offline_compress.reference import load
 from vllm_svd.errors import SvdError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 CONTEXT = 64
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def model(request, tiny_checkpoint):
-    """A tiny model whose every parameter, bias and norm is random enough to matter."""
-    loaded = load(tiny_checkpoint(request.param), "cpu", torch.float32)
-    if request.param == "mistral":
-        loaded.config.sliding_window = 16  # every layer of Mistral slides
-    generator = torch.Generator().manual_seed(7)
-    for parameter in loaded.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        spread = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-        parameter.data = parameter.data * (parameter.ndim == 1) + spread * noise
-    loaded.tie_weights()
-    return loaded
+def directory(request, noisy_checkpoint):
+    return noisy_checkpoint(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    """The whole model at once, in plain transformers."""
+    return load(directory, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def network(directory, network_of):
+    return network_of(directory)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +50,13 @@ def attention_paths(model):
     return [f"{layer}.self_attn" for layer in layer_paths(model.config)]
 
 
-def collected(model, windows, mode, batch=2):
-    modes = dict.fromkeys(attention_paths(model), mode)
-    return collect(model, family_of(model.config), windows, modes, batch)
+def rows_of(streams: Streams) -> list[slice]:
+    return list(streams.calibrating())
+
+
+@pytest.fixture(scope="module")
+def collected(network, windows, kv_statistics):
+    return partial(kv_statistics, network, windows)
 
 
 @torch.no_grad()
@@ -108,17 +116,13 @@ def rotation(model, offset):
     return (identity * cos[0] + rotate_half(identity) * sin[0]).T.double()
 
 
-def hooks(model):
-    return [len(module._forward_hooks) for module in model.modules()]
-
-
 def assert_close(found, expected):
     assert found.dtype == torch.float64 and found.shape == expected.shape
     assert torch.allclose(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
-def test_post_moments_are_those_of_the_rotated_query_and_key(model, windows):
-    statistics = collected(model, windows, "post")
+def test_post_moments_are_those_of_the_rotated_query_and_key(model, windows, collected):
+    statistics = collected("post")
     for path, (query, key, value) in zip(
         attention_paths(model), rotated_by_the_model(model, windows), strict=True
     ):
@@ -128,10 +132,10 @@ def test_post_moments_are_those_of_the_rotated_query_and_key(model, windows):
         assert_close(statistics[path].value_moment, moments(value))
 
 
-def test_pre_moments_are_those_before_rope_read_at_every_offset(model, windows):
+def test_pre_moments_are_those_before_rope_read_at_every_offset(model, windows, collected):
     window = getattr(model.config, "sliding_window", None) or CONTEXT
     offsets = [offset for offset in (0, 1, 2, 4, 8, 16, 32) if offset < window]
-    statistics = collected(model, windows, "pre")
+    statistics = collected("pre")
     for path, (query, key) in zip(attention_paths(model), before_rope(model, windows), strict=True):
         assert_close(statistics[path].key_moment, moments(key))
         query_moment = read_by(model, moments(query))
@@ -140,49 +144,56 @@ def test_pre_moments_are_those_before_rope_read_at_every_offset(model, windows):
         assert_close(statistics[path].query_metric, expected)
 
 
-def test_output_metric_weighs_the_value_by_its_columns_of_o_proj(model, windows):
+def test_output_metric_weighs_the_value_by_its_columns_of_o_proj(model, collected):
     size = head_dim(model.config)
-    for path, statistics in collected(model, windows, "pre").items():
+    for path, statistics in collected("pre").items():
         columns = model.get_submodule(path).o_proj.weight.detach().double().split(size, dim=1)
         per_head = torch.stack([column.T @ column for column in columns])
         assert_close(statistics.output_metric, read_by(model, per_head))
 
 
-def test_batching_changes_nothing_and_progress_counts_every_sample(model, windows):
-    reported = []
-    modes = dict.fromkeys(attention_paths(model), "post")
-    family = family_of(model.config)
-    whole = collect(model, family, windows, modes, 5)
-    parts = collect(
-        model, family, windows, modes, 2, lambda _, done, total: reported.append((done, total))
+def test_the_block_is_measured_as_it_is_compressed(network, windows, streams_of):
+    """The moments are those of the block that is given, and of the hidden states that are."""
+    streams = streams_of(network, windows)
+    dense, halved = network.block(0), network.block(0)
+    for weight in (halved.self_attn.v_proj.weight, halved.self_attn.o_proj.weight):
+        weight.mul_(0.5)  # exact
+    if halved.self_attn.v_proj.bias is not None:
+        halved.self_attn.v_proj.bias.mul_(0.5)
+    before, after = (
+        collect(network, 0, block, streams.dense, rows_of(streams), streams, "pre")
+        for block in (dense, halved)
     )
-    assert reported == [(0, 5), (2, 5), (4, 5), (5, 5)]
-    for path in modes:
+    assert torch.equal(after.value_moment, before.value_moment / 4)
+    assert torch.equal(after.output_metric, before.output_metric / 4)
+    assert torch.equal(after.key_moment, before.key_moment)
+    first = collect(network, 0, dense, streams.dense, [slice(0, 2)], streams, "pre")
+    assert first.tokens == 2 * CONTEXT
+    assert not torch.equal(first.key_moment, before.key_moment)
+
+
+def test_batching_changes_nothing(collected):
+    whole, parts = collected("post", batch=5), collected("post", batch=2)
+    for path in whole:
         assert_close(parts[path].key_moment, whole[path].key_moment)
         assert_close(parts[path].query_metric, whole[path].query_metric)
 
 
-def test_only_the_layers_asked_for_and_no_hook_stays(model, windows):
-    path, before = attention_paths(model)[1], hooks(model)
-    assert collect(model, family_of(model.config), windows, {path: "pre"}, 5).keys() == {path}
-    assert hooks(model) == before
+def test_activations_that_are_not_finite_name_the_layer_and_no_hook_stays(
+    network, windows, streams_of
+):
+    streams, block = streams_of(network, windows), network.block(1)
+    collect(network, 1, block, streams.dense, rows_of(streams), streams, "pre")
+    block.self_attn.v_proj.weight[0, 0] = float("nan")
+    with pytest.raises(SvdError, match=r"model\.layers\.1\.self_attn: the value"):
+        collect(network, 1, block, streams.dense, rows_of(streams), streams, "pre")
+    assert not any(module._forward_hooks for module in block.modules())
 
 
-def test_activations_that_are_not_finite_name_the_layer(model, windows):
-    weight = model.get_submodule("model.layers.1.self_attn.v_proj").weight
-    kept, before = weight.data.clone(), hooks(model)
-    weight.data[0, 0] = float("nan")
-    try:
-        with pytest.raises(SvdError, match=r"model\.layers\.1\.self_attn: the value"):
-            collected(model, windows, "pre")
-        assert hooks(model) == before
-    finally:
-        weight.data = kept
-
-
-def test_no_windows_are_refused(model, windows):
-    with pytest.raises(SvdError, match="no tokens"):
-        collected(model, windows[:0], "pre")
+def test_no_windows_are_refused(network, windows, streams_of):
+    streams = streams_of(network, windows)
+    with pytest.raises(SvdError, match=r"model\.layers\.0\.self_attn: no tokens"):
+        collect(network, 0, network.block(0), streams.dense, [], streams, "pre")
 
 
 def scaled_model(rope_parameters):
@@ -223,7 +234,7 @@ SCALINGS = [
 def test_score_error_before_rope_is_the_trace_formula(parameters):
     """E over pairs and offsets of the squared error of (R_m q)^T (R_n k), m - n in the offsets."""
     generator = torch.Generator().manual_seed(3)
-    rope = Rope.of(scaled_model(parameters))
+    rope = Rope(scaled_model(parameters).model.rotary_emb)
     # off-centre, so that the sign of the rotation matters
     query, key = torch.randn(2, 40, 16, generator=generator).double() + torch.arange(16) / 4
     projector = torch.randn(16, 16, generator=generator).double()

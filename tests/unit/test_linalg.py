@@ -5,7 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offline_compress.linalg import DAMPING_LADDER, cholesky, eigh, left_of_gram, left_of_matrix
+from offline_compress.linalg import (
+    DAMPING_LADDER,
+    cholesky,
+    eigh,
+    floored,
+    left_of_gram,
+    left_of_matrix,
+    regressed,
+    spectrum_of,
+)
 
 
 def gram_of(width, tokens, seed=0, scale=1.0):
@@ -100,3 +109,56 @@ def test_a_rank_beyond_the_data_still_gives_an_orthonormal_basis():
     assert kept.loss == pytest.approx(0, abs=1e-14)
     identity = torch.eye(4, dtype=torch.float64)
     torch.testing.assert_close(kept.basis.T @ kept.basis, identity, rtol=0, atol=1e-12)
+
+
+@given(rows=st.integers(1, 20), columns=st.integers(1, 20), seed=st.integers(0, 99))
+def test_the_spectrum_of_a_matrix_is_that_of_its_singular_values(rows, columns, seed):
+    matrix = torch.randn(
+        rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    squared = torch.linalg.svdvals(matrix).square()
+    torch.testing.assert_close(
+        spectrum_of(matrix), squared, rtol=1e-10, atol=1e-13 * float(squared[0])
+    )
+
+
+@given(
+    scale=st.lists(st.just(0.0) | st.floats(1e-12, 1e12), min_size=1, max_size=12),
+    power=st.sampled_from([-60, 0, 60]),
+)
+def test_floored_scales_are_positive_change_no_typical_one_and_do_not_depend_on_units(scale, power):
+    scale = torch.tensor(scale, dtype=torch.float64)
+    found = floored(scale)
+    assert (found > 0).all()
+    if scale.any():
+        assert (found >= scale).all()
+        assert torch.equal(found[scale >= scale.mean()], scale[scale >= scale.mean()])
+        torch.testing.assert_close(floored(scale * 2.0**power), found * 2.0**power)
+    else:
+        assert (found == 1).all()
+
+
+def test_regression_from_second_moments_is_least_squares_on_the_tokens():
+    y, z = (torch.randn(300, width, dtype=torch.float64) for width in (7, 12))
+    found, damping = regressed(y.T @ z, z.T @ z)
+    wanted = torch.linalg.lstsq(z, y).solution.T
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    assert 0 < damping <= 1e-12
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_regression_on_a_singular_gram_stays_within_its_least_norm_solution(scale):
+    """A ridge shrinks: its solution is never longer than the shortest without it."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(5, 7, dtype=torch.float64, generator=generator)
+    z = torch.randn(5, 12, dtype=torch.float64, generator=generator)
+    found, _ = regressed(y.T @ z * scale, z.T @ z * scale)
+    least = torch.linalg.lstsq(z, y, driver="gelsd").solution.T
+    assert found.norm() <= least.norm() * (1 + 1e-3)
+    torch.testing.assert_close(z @ found.T, y, rtol=0, atol=1e-6)
+
+
+def test_regression_without_data_is_zero():
+    found, damping = regressed(torch.zeros(3, 4), torch.zeros(4, 4))
+    assert not found.any()
+    assert damping > 0

@@ -11,7 +11,7 @@ from vllm_svd.errors import CheckpointFormatError
 from vllm_svd.format import LowRank
 from vllm_svd.quantization.config import SvdConfig
 from vllm_svd.quantization.latent_kv import LatentKVMethod
-from vllm_svd.quantization.low_rank import LowRankLinearMethod
+from vllm_svd.quantization.linear import ShardedLinearMethod
 
 HEAD, HIDDEN = 4, 12
 Q_HEADS, KV_HEADS = 8, 2
@@ -27,8 +27,16 @@ class Layer(torch.nn.Module):
         self.prefix = "model.layers.0.some_proj"
 
 
-def made(method: LowRankLinearMethod, layer: Layer, n_local: int, rows: list[int]) -> Layer:
-    method.create_weights(layer, n_local, rows, layer.input_size, sum(rows), torch.float64)
+def made(
+    method: ShardedLinearMethod,
+    layer: Layer,
+    n_local: int,
+    rows: list[int],
+    ranks: int = 1,
+    dtype: torch.dtype = torch.float64,
+) -> Layer:
+    """The layer with its parameters; `ranks` share out its rows."""
+    method.create_weights(layer, n_local, rows, layer.input_size, ranks * sum(rows), dtype)
     return layer
 
 
@@ -54,10 +62,10 @@ def test_fused_qkv_with_sharded_and_replicated_heads(tp_size, dense):
     configs = [None if s == dense else parts[s][0] for s in rows]
     replicas = max(1, tp_size // KV_HEADS)
     for rank in range(tp_size):
-        method = LowRankLinearMethod(configs)
+        method = ShardedLinearMethod(configs)
         kv_rows = max(1, KV_HEADS // tp_size) * HEAD
         local = [Q_HEADS // tp_size * HEAD, kv_rows, kv_rows]
-        layer = made(method, Layer(rank, tp_size, HIDDEN, replicas), HIDDEN, local)
+        layer = made(method, Layer(rank, tp_size, HIDDEN, replicas), HIDDEN, local, tp_size)
         for s, (_, A, B) in parts.items():
             if s == dense:
                 load(layer, "weight", B @ A, s)
@@ -80,7 +88,7 @@ def test_row_parallel_sums_to_the_whole(tp_size):
     width = HIDDEN // tp_size
     total = torch.zeros(3, 8, dtype=torch.float64)
     for rank in range(tp_size):
-        method = LowRankLinearMethod([config])
+        method = ShardedLinearMethod([config])
         layer = made(method, Layer(rank, tp_size, HIDDEN), width, [8])
         load(layer, "A", A)
         load(layer, "B", B)
@@ -91,7 +99,7 @@ def test_row_parallel_sums_to_the_whole(tp_size):
 def test_replicated_layers_keep_every_row():
     """vLLM's ReplicatedLinear carries the global rank."""
     config, A, B = factors(8, HIDDEN, 5)
-    method = LowRankLinearMethod([config])
+    method = ShardedLinearMethod([config])
     layer = made(method, Layer(1, 2, HIDDEN), HIDDEN, [8])
     load(layer, "A", A)
     load(layer, "B", B)
@@ -101,7 +109,7 @@ def test_replicated_layers_keep_every_row():
 
 def test_a_tensor_that_never_came_is_named():
     config, A, _ = factors(8, HIDDEN, 5)
-    method = LowRankLinearMethod([config])
+    method = ShardedLinearMethod([config])
     layer = made(method, Layer(0, 1, HIDDEN), HIDDEN, [8])
     load(layer, "A", A)
     with pytest.raises(CheckpointFormatError, match="B was not loaded completely"):
@@ -111,9 +119,9 @@ def test_a_tensor_that_never_came_is_named():
 def test_sizes_that_are_not_the_layers_are_refused():
     config, _, _ = factors(8, HIDDEN, 5)
     with pytest.raises(CheckpointFormatError, match="shard 0 has 6 rows"):
-        made(LowRankLinearMethod([config]), Layer(0, 1, HIDDEN), HIDDEN, [6])
+        made(ShardedLinearMethod([config]), Layer(0, 1, HIDDEN), HIDDEN, [6])
     with pytest.raises(CheckpointFormatError, match="shard 0 has 10 columns"):
-        made(LowRankLinearMethod([config]), Layer(0, 1, 10), 10, [8])
+        made(ShardedLinearMethod([config]), Layer(0, 1, 10), 10, [8])
 
 
 @pytest.mark.parametrize(
@@ -121,7 +129,7 @@ def test_sizes_that_are_not_the_layers_are_refused():
 )
 def test_tensors_that_do_not_fit_are_refused(name, shape):
     config, _, _ = factors(8, HIDDEN, 5)
-    layer = made(LowRankLinearMethod([config]), Layer(0, 1, HIDDEN), HIDDEN, [8])
+    layer = made(ShardedLinearMethod([config]), Layer(0, 1, HIDDEN), HIDDEN, [8])
     with pytest.raises(CheckpointFormatError, match=f"{name}"):
         load(layer, name, torch.zeros(shape, dtype=torch.float64))
 
@@ -136,7 +144,7 @@ def test_quantization_svd_on_a_dense_model_is_explained():
 @pytest.mark.parametrize(
     ("ours", "theirs", "methods"),
     [
-        (LowRankLinearMethod, LinearMethodBase, ["apply", "create_weights"]),
+        (ShardedLinearMethod, LinearMethodBase, ["apply", "create_weights"]),
         (LatentKVMethod, BaseKVCacheMethod, ["create_weights", "process_weights_after_loading"]),
         (SvdConfig, QuantizationConfig, ["get_quant_method", "maybe_update_config", "from_config"]),
     ],

@@ -1,30 +1,36 @@
-"""Plans of whole models: bytes as they are on disk, memory, warnings, and passes in groups."""
+"""Plans of whole models: bytes as they are on disk, memory, operations and warnings."""
 
 import gc
+import math
+import re
 import shutil
 import weakref
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from offline_compress import calibration, pipeline, planning
-from offline_compress.calibration import Corpus, gram_bytes
-from offline_compress.methods import workspace_bytes
-from offline_compress.planning import plan
-from offline_compress.recipe import CompressionRecipe
-from offline_compress.reference import load
+from offline_compress import pipeline, sweep
+from offline_compress.calibration import HiddenStates, Network
+from offline_compress.methods import Gptvq, SvdLlm, workspace_bytes
+from offline_compress.planning import layers_of, matrices_of, plan
+from offline_compress.recipe import CompressionRecipe, RecipeError
 from offline_compress.report import plan_tables
 from offline_compress.weights import open_source
+from offline_compress.workspace import work_root
+from vllm_svd.format.manifest import read_header
+
+UPDATED = {"name": "svd_llm", "update": True}
 
 
-def recipe_of(method="svd_llm", kept=0.6, kv=None, **windows):
+def recipe_of(method="svd_llm", kept=0.6, kv=None, allocator="uniform", **windows):
     return CompressionRecipe.model_validate(
         {
-            "weights": {"method": method, "kept": kept},
+            "weights": {"method": method, "kept": kept, "allocator": allocator},
             "kv": {"kept": None} | (kv or {}),
             "calibration": {"samples": 4, "context": 64} | windows,
+            "evaluation": {"samples": 2},
         }
     )
 
@@ -51,73 +57,164 @@ def test_bytes_are_those_of_the_files_where_the_config_names_another_dtype(
     stored = {name: tensor.nbytes for name, tensor in held.items()}
     stored[name] //= 2
     assert made.totals.checkpoint_bytes_dense == sum(stored.values())
-    added = sum(rank * sum(held[f"{path}.weight"].shape) for path, rank in made.compressed.items())
+    added = sum(
+        module.rank * sum(held[f"{path}.weight"].shape) for path, module in made.compressed.items()
+    )
     added += sum(cache.basis_parameters for cache in made.caches.values())
     for path in made.compressed:
         del stored[f"{path}.weight"]
     assert made.totals.checkpoint_bytes == 2 * added + sum(stored.values())
 
 
-def test_a_method_pays_for_the_memory_and_the_passes_that_it_needs(source):
-    costs = {name: plan(recipe_of(name), source).calibration for name in ("svd", "asvd", "svd_llm")}
-    assert {name: cost.passes for name, cost in costs.items()} == {
-        "svd": 0,
-        "asvd": 1,
-        "svd_llm": 1,
+def test_layers_are_as_methods_and_allocators_see_them(tiny_checkpoint):
+    source = open_source(str(tiny_checkpoint("qwen3_moe")))
+    layers = layers_of(source)
+    stored = load_file(source.directory / "model.safetensors")
+    for layer in layers:
+        for path, shape in layer.shapes.items():
+            assert stored[f"{path}.weight"].shape == shape
+            assert layer.dense_bytes(path) == stored[f"{path}.weight"].nbytes
+        assert (layer.query_heads, layer.kv_heads, layer.head_dim) == (4, 2, 32)
+        assert layer.qk_norm
+    matrices = matrices_of(layers, SvdLlm())
+    assert list(matrices) == list(source.linears())
+    assert all(f"model.layers.{m.layer}." in path for path, m in matrices.items())
+    assert {m.kind for m in matrices.values()} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
     }
-    per_layer = gram_bytes([64, 128, 64, 160])  # q, o, gate and down
-    assert {name: cost.gram_bytes for name, cost in costs.items()} == {
+    up = matrices["model.layers.1.mlp.experts.3.up_proj"]
+    assert up.rank_share == Fraction(64 + 96, 64 * 96)  # of the dense bytes, for every rank
+    assert {m.rank_share for m in matrices_of(layers, Gptvq()).values()} == {None}
+    made = plan(recipe_of(), source)
+    assert made.matrices.keys() == matrices.keys()
+    assert "model.layers.1.mlp.experts.3.down_proj" in made.compressed
+
+
+def test_measured_shares_are_planned_to_the_rank(source):
+    shares = {path: Fraction(9, 10) for path in source.linears()}
+    shares["model.layers.1.mlp.up_proj"] = Fraction(1, 10)
+    shares["model.layers.1.mlp.down_proj"] = Fraction(1)
+    made = plan(recipe_of(allocator="strs"), source, shares)
+    assert made.compressed["model.layers.1.mlp.up_proj"].rank == 64 * 160 // (10 * 224)
+    assert made.compressed["model.layers.0.mlp.up_proj"].rank == 9 * 64 * 160 // (10 * 224)
+    down = made.matrices["model.layers.1.mlp.down_proj"]
+    assert (down.module, down.method, down.reason) == (None, "dense", "its share is all of it")
+    tokens = plan(recipe_of(), source, shares).warnings
+    assert made.warnings == tokens  # nothing says that the allocator has still to measure
+
+
+def test_an_allocator_that_must_measure_is_shown_as_uniform_and_the_plan_says_so(source):
+    uniform, measured = (plan(recipe_of(allocator=a), source) for a in ("uniform", "strs"))
+    assert measured.matrices == uniform.matrices
+    assert measured.warnings[1:] == uniform.warnings
+    assert "the strs allocator measures before it decides" in measured.warnings[0]
+
+
+def test_an_allocator_of_ranks_refuses_a_method_that_has_none(source):
+    recipe = recipe_of("gptvq", kept=0.3, allocator="truncation_loss", context=4096)
+    with pytest.raises(RecipeError) as caught:
+        plan(recipe, source)
+    assert caught.value.problems == (
+        "calibration.context: 4096 exceeds the model's 512 positions",
+        "weights.allocator: truncation_loss was given, and gptvq does not split into ranks; "
+        "accepted with it are uniform, block_influence",
+    )
+    plan(recipe_of("gptvq", kept=0.3, allocator="block_influence"), source)
+    with pytest.raises(RecipeError, match="gptvq does not predict losses; accepted with it are"):
+        plan(recipe_of("gptvq", kept=0.3, allocator="knapsack"), source)
+
+
+def test_a_method_pays_for_the_moments_that_it_needs(source):
+    """Hidden 64, attention out 128, intermediate 160: what q, o, gate and down read."""
+    costs = {
+        name: plan(recipe_of(method), source).calibration
+        for name, method in (
+            *((name, name) for name in ("svd", "asvd", "svd_llm", "gfwsvd")),
+            ("updated", UPDATED),
+        )
+    }
+    one = 8 * (64**2 + 128**2 + 64**2 + 160**2)
+    grams = {name: cost.gram_bytes for name, cost in costs.items()}
+    # with x' only one stage of a layer is measured at a time, in two moments
+    outputs = 8 * (128**2 + 2 * 64**2 + 64**2 + 2 * 160**2 + 64**2)  # q, k and v, o, MLP
+    assert grams == {
         "svd": 0,
         "asvd": 0,
-        "svd_llm": 2 * per_layer,
+        "svd_llm": one,
+        "gfwsvd": one + outputs,
+        "updated": 2 * 8 * 160**2,
     }
+    elements = sum(rows * columns for rows, columns in source.linears().values())
     for cost in costs.values():
         assert cost.workspace_bytes == workspace_bytes(64, 160)
-        assert cost.weight_elements == sum(
-            tensor.numel() for tensor in load(source.directory, "cpu").parameters()
-        )
+        assert cost.block_bytes == 2 * 4 * elements // 2  # of two equal layers
+    assert costs["svd"].factor_operations < costs["svd_llm"].factor_operations
 
 
-@pytest.fixture
-def grams_of_one_layer(monkeypatch):
-    budget = gram_bytes([64, 128, 64, 160])
-    monkeypatch.setattr(planning, "groups", lambda widths: calibration.groups(widths, budget))
-    return budget
-
-
-def test_groups_give_the_factors_of_one_pass_and_never_hold_two_groups(
-    source, grams_of_one_layer, monkeypatch
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *(("llama", name) for name in ("svd", "svd_llm", "fwsvd", "gfwsvd")),
+        ("llama", UPDATED),
+        ("qwen3_moe", "svd_llm"),
+    ],
+    ids=str,
+)
+def test_the_expected_cost_is_that_of_a_run(
+    tiny_checkpoint, short_text, tmp_path, monkeypatch, family, method
 ):
-    recipe = recipe_of()
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 4096, (8, 64), generator=generator)
-    corpus = Corpus(tokens[:4], tokens[4:].flatten(), None)
-    network = load(source.directory, "cpu", torch.float32)
-    ranks = plan(recipe, source)
-    assert (ranks.calibration.passes, ranks.calibration.gram_bytes) == (2, grams_of_one_layer)
-    held, alive = [], []
+    """Passes of linear layers, hidden states, moments and files, each counted."""
+    source = open_source(str(tiny_checkpoint(family)))
+    samples = 6 if "fwsvd" in method else 4  # 3 borders of the calibration set, or both streams
+    recipe = recipe_of(method, kv={"kept": 0.5}, text=str(short_text), samples=samples)
+    weights = [
+        sum(math.prod(s) / (2 if ".experts." in path else 1) for path, s in layer.shapes.items())
+        for layer in layers_of(source)  # two of four experts see a token
+    ]
+    counted, hidden, files, grams, held = [], [], [], [], []
+    forward, logits, collect = Network.forward, Network.logits, sweep.collect
 
-    def watched(*arguments):
+    def watched_forward(network, index, block, states):
+        passes = 2 if states.requires_grad else 1  # and one back to the inputs
+        counted.append(passes * 2 * states.shape[:-1].numel() * weights[index])
+        return forward(network, index, block, states)
+
+    def watched_logits(network, states):
+        passes = 2 if states.requires_grad else 1
+        counted.append(passes * 2 * states.numel() * source.config.vocab_size)
+        return logits(network, states)
+
+    def watched_collect(*arguments):
         gc.collect()
-        alive.append([gram for gram in held if gram() is not None])
-        found = calibration.collect(*arguments)
-        held.extend(weakref.ref(one.gram) for one in found.values())
+        assert not any(gram() is not None for gram in held)  # of the blocks before
+        found = collect(*arguments)
+        squares = [
+            m for s in found.values() for m in vars(s).values() if getattr(m, "ndim", 0) == 2
+        ]
+        grams.append(sum(square.nbytes for square in squares))
+        held.extend(map(weakref.ref, squares))
         return found
 
-    def factorised():
-        found = pipeline._factorize(network, recipe, source, ranks, corpus, lambda *_: None)
-        return {path: done.factors for path, done in found.items()}
+    def watch(*_):
+        alive = [item for item in gc.get_objects() if type(item) is HiddenStates]
+        hidden.append(sum(states.bytes for states in alive))
+        records = work_root(tmp_path / "out").glob("*/*.safetensors")
+        files.append(sum(e.bytes for path in records for e in read_header(path).values()))
 
-    monkeypatch.setattr(pipeline, "collect", watched)
-    grouped = factorised()
-    assert alive == [[], []]
-    assert len(held) == 8
-    monkeypatch.setattr(planning, "groups", calibration.groups)
-    whole = factorised()
-    assert list(grouped) == list(whole) == list(ranks.compressed)
-    for path, factors in whole.items():
-        assert torch.equal(grouped[path].A, factors.A)
-        assert torch.equal(grouped[path].B, factors.B)
+    monkeypatch.setattr(Network, "forward", watched_forward)
+    monkeypatch.setattr(Network, "logits", watched_logits)
+    monkeypatch.setattr(sweep, "collect", watched_collect)
+    pipeline.compress(recipe, str(source.directory), tmp_path / "out", watch)
+    cost = plan(recipe, source).calibration
+    assert sum(counted) == cost.forward_operations
+    assert max(hidden) == cost.hidden_bytes
+    assert max(files) == cost.work_bytes
+    if method == "gfwsvd":  # beside them the moments of its outputs
+        rows = [m for layer in layers_of(source)[:1] for m, _ in layer.shapes.values()]
+        grams.append(max(grams) + sum(8 * m**2 for m in rows))
+    if method != "fwsvd":  # which keeps vectors alone
+        assert max(grams) == cost.gram_bytes
 
 
 def test_too_few_tokens_for_a_gram_are_warned_of(source):
@@ -138,10 +235,19 @@ def test_a_context_too_short_for_rotated_keys_is_warned_of(source):
     assert plan(recipe_of("svd", kv={"kept": 0.5}), source).warnings == ()
 
 
-def test_the_tables_show_memory_and_warnings(source):
-    made = plan(recipe_of(), source)
-    *_, memory = plan_tables(made)
+def test_the_tables_show_every_artefact_its_cost_and_the_warnings(source):
+    made = plan(recipe_of(kept=0.9), source)
+    matrices, _, totals, memory = plan_tables(made)
+    shown = dict(zip(matrices.columns[0].cells, matrices.columns[3].cells, strict=True))
+    assert shown == {
+        path: f"rank {matrix.rank}" if matrix.module else "-"
+        for path, matrix in made.matrices.items()
+    }
+    assert f"{made.totals.linear_bytes:,}" in totals.columns[2].cells
     cost = made.calibration
-    for figure in (cost.gram_bytes, cost.workspace_bytes, 4 * cost.weight_elements):
-        assert f"{figure:,} bytes" in str(memory)
+    for figure in (
+        *(cost.block_bytes, cost.gram_bytes, cost.workspace_bytes),
+        *(cost.hidden_bytes, cost.work_bytes),
+    ):
+        assert re.search(rf"\b{figure:,}\b", str(memory))
     assert f"warning: {made.warnings[0]}" in str(memory).splitlines()

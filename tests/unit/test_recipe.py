@@ -1,10 +1,13 @@
 """Recipes from YAML and flags: what they mean, and every problem named at once."""
 
+import re
+
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from offline_compress.methods import Asvd, SvdLlm
+from offline_compress.allocation import ALLOCATORS, Strs, Uniform, WaterFilling
+from offline_compress.methods import METHODS, Asvd, SvdLlm
 from offline_compress.recipe import FLAGS, CompressionRecipe, RecipeError, load, load_valid
 
 
@@ -20,7 +23,7 @@ def write(tmp_path):
 
 def test_the_defaults_are_those_the_command_line_documents():
     recipe = load()
-    assert recipe.weights.method == SvdLlm()
+    assert (recipe.weights.method, recipe.weights.allocator) == (SvdLlm(), Uniform())
     assert (recipe.weights.kept, recipe.kv.kept, recipe.kv.mode) == (0.8, 0.5, "pre")
     assert (recipe.calibration.samples, recipe.calibration.seed) == (64, 0)
 
@@ -29,20 +32,28 @@ def test_a_recipe_survives_its_yaml(write):
     recipe = load(
         write(
             """
-            weights: {method: {name: asvd, alpha: 0.3}, kept: 0.6, rank_multiple: 8}
+            weights:
+                method: {name: asvd, alpha: 0.3}
+                allocator: {name: strs, grid: [0.25, 0.5]}
+                kept: 0.6
+                rank_multiple: 8
             kv: {mode: post, kept: null, v_kept: 0.25, layers: {3: {mode: pre, k_rank: 16}}}
             calibration: {text: corpus.txt, samples: 8, device: cpu}
             """
         )
     )
     assert recipe.kv.layers[3].k_rank == 16
+    assert recipe.weights.allocator == Strs(grid=(0.25, 0.5))
     assert CompressionRecipe.model_validate(yaml.safe_load(recipe.yaml())) == recipe
     assert load(write(recipe.yaml())) == recipe
 
 
-def test_a_method_is_a_name_or_a_mapping(write):
-    assert load(write("weights: {method: asvd}")).weights.method == Asvd()
-    assert load(write("weights: {method: {name: asvd}}")).weights.method == Asvd()
+def test_a_method_and_an_allocator_are_names_or_mappings(write):
+    for name in ("asvd", "{name: asvd}"):
+        assert load(write(f"weights: {{method: {name}}}")).weights.method == Asvd()
+    for name in ("water_filling", "{name: water_filling}"):
+        found = load(write(f"weights: {{allocator: {name}}}")).weights.allocator
+        assert found == WaterFilling()
 
 
 def test_empty_files_and_sections_mean_defaults(write):
@@ -62,6 +73,12 @@ def test_the_method_flag_keeps_the_options_of_the_same_method_only(write):
     assert load(path, {"--method": "svd_llm"}).weights.method == SvdLlm()
 
 
+def test_the_allocator_flag_keeps_the_options_of_the_same_allocator_only(write):
+    path = write("weights: {allocator: {name: strs, max_evaluations: 9}}")
+    assert load(path, {"--allocator": "strs"}).weights.allocator == Strs(max_evaluations=9)
+    assert load(path, {"--allocator": "uniform"}).weights.allocator == Uniform()
+
+
 def test_every_flag_sets_a_field_of_the_recipe():
     for field in FLAGS.values():
         section, name = field.split(".")
@@ -71,7 +88,10 @@ def test_every_flag_sets_a_field_of_the_recipe():
 def test_every_problem_is_named_with_its_path_flag_and_what_is_accepted(write):
     path = write(
         """
-        weights: {method: {name: asvd, alpha: 2, beta: 1}, rank: 3}
+        weights:
+            method: {name: asvd, alpha: 2, beta: 1}
+            allocator: {name: strs, grid: [0.5, 2], cut: 1}
+            rank: 3
         kv: {mode: mid, layers: {0: {rank: 3}}}
         calibration: {samples: 0}
         extra: {}
@@ -85,6 +105,8 @@ def test_every_problem_is_named_with_its_path_flag_and_what_is_accepted(write):
         "extra",
         "kv.layers.0.rank",
         "kv.mode",
+        "weights.allocator.cut",
+        "weights.allocator.grid.1",
         "weights.kept (--kept)",
         "weights.method.alpha",
         "weights.method.beta",
@@ -95,6 +117,7 @@ def test_every_problem_is_named_with_its_path_flag_and_what_is_accepted(write):
     assert "'mid' was given; input should be 'pre' or 'post'" in text
     assert "kv.layers.0.rank: unknown; accepted here are mode, k_rank, v_rank" in text
     assert "weights.method.beta: unknown; accepted here are name, alpha" in text
+    assert re.search(r"weights\.allocator\.cut: unknown; accepted here are .*max_evaluations", text)
     assert "extra: unknown; accepted here are weights, kv, calibration, evaluation" in text
 
 
@@ -113,9 +136,15 @@ def test_a_recipe_to_publish_holds_no_directory():
     assert CompressionRecipe().without_directories() == CompressionRecipe()
 
 
-def test_an_unknown_method_lists_the_known_ones():
-    with pytest.raises(RecipeError, match=r"weights\.method .*'svd', 'asvd', 'svd_llm'"):
-        load(None, {"--method": "svd-llm"})
+@pytest.mark.parametrize(("field", "known"), [("method", METHODS), ("allocator", ALLOCATORS)])
+def test_an_unknown_name_lists_the_known_ones(write, field, known):
+    accepted = re.escape(f"'magic' was given; accepted are {', '.join(known)}")
+    with pytest.raises(RecipeError, match=rf"weights\.{field} \(--{field}\): {accepted}"):
+        load(None, {f"--{field}": "magic"})
+    with pytest.raises(RecipeError, match=rf"weights\.{field}: {accepted}"):
+        load(write(f"weights: {{{field}: {{name: magic}}}}"))
+    with pytest.raises(RecipeError, match=rf"weights\.{field}"):
+        load(write(f"weights: {{{field}: {{alpha: 0.5}}}}"))
 
 
 @pytest.mark.parametrize("kept", [0, -0.1, 1.01, float("nan"), float("inf"), "half"])

@@ -15,18 +15,23 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from offline_compress import reference
+from offline_compress.calibration import split
 from offline_compress.checkpoint import inspect, restore
 from offline_compress.checkpoint.shards import Pending, write_shards
 from offline_compress.evaluation import default_bos, perplexity, tokenize_file
-from offline_compress.methods import LowRankFactors
+from offline_compress.factors import LowRankFactors
 from offline_compress.pipeline import compress, load_tokenizer
 from offline_compress.planning import plan
 from offline_compress.recipe import CompressionRecipe
-from offline_compress.weights import open_source
+from offline_compress.weights import SourceError, open_source
+from offline_compress.workspace import work_root
 from vllm_svd.errors import CheckpointFormatError
 from vllm_svd.format import verify
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+
+
+NO_KV = CompressionRecipe.model_validate({"kv": {"kept": None}}).kv
 
 
 def recipe_for(text, **weights):
@@ -67,7 +72,7 @@ def test_it_verifies_and_holds_what_the_plan_promised(compressed, short_text):
     source, out, _ = compressed
     config = verify(out)
     ranks = plan(recipe_for(short_text), open_source(str(source)))
-    assert {path: module.rank for path, module in config.modules.items()} == ranks.compressed
+    assert config.modules == ranks.compressed
     assert config.kv == ranks.projected
     held = sum(tensor.nbytes for tensor in tensors_of(out).values())
     assert held == ranks.totals.checkpoint_bytes
@@ -96,20 +101,40 @@ def test_the_config_is_the_original_and_the_contract(compressed):
     assert contract == verify(out).model_dump(mode="json")
 
 
+@torch.no_grad()
 def test_the_stored_model_is_the_one_that_was_measured(compressed, short_text):
-    _, out, measured = compressed
+    """The sweep ends with the hidden states of both models; here each is loaded whole."""
+    source, out, measured = compressed
     tokenizer = load_tokenizer(out)
-    model = reference.load(out, "cpu", torch.float32)
-    held_out = tokenize_file(tokenizer, short_text)[-measured.held_out_tokens :]
-    found = perplexity(model, held_out, measured.context, 4, default_bos(tokenizer))
-    assert found.perplexity == pytest.approx(measured.perplexity, rel=1e-6)
+    bos, tokens = default_bos(tokenizer), tokenize_file(tokenizer, short_text)
+    corpus = split(tokens, samples=6, held_out=3, context=64, seed=0, bos=bos)
+    models = [reference.load(directory, "cpu", torch.float32) for directory in (source, out)]
+    for model, expected in zip(
+        models, (measured.perplexity_dense, measured.perplexity), strict=True
+    ):
+        found = perplexity(model, corpus.held_out, measured.context, 4, bos)
+        assert found.perplexity == pytest.approx(expected, rel=1e-6)
+        assert found.tokens == measured.scored_tokens
+        assert len(corpus.held_out) == measured.held_out_tokens
     assert measured.perplexity != measured.perplexity_dense
+    dense, other = (
+        model(corpus.held_out_windows()).logits[:, :-1].double().log_softmax(-1) for model in models
+    )
+    divergence = (dense.exp() * (dense - other)).sum(-1)
+    # log-probabilities of about 8 nats are rounded to fp32 in both models
+    assert measured.kl_to_dense == pytest.approx(float(divergence.mean()), rel=1e-3, abs=1e-6)
+    same = (dense.argmax(-1) == other.argmax(-1)).double().mean()
+    assert measured.top1_agreement == pytest.approx(float(same), abs=1.5 / measured.scored_tokens)
     assert all(0 < error.held_out < 1 for error in measured.matrices.values())
+    assert all(0 < error.k_error < 1 for error in measured.caches.values())
+    assert measured.matrices.keys() == verify(out).modules.keys()
+    assert measured.caches.keys() == verify(out).kv.keys()
 
 
 def test_the_card_and_the_measurements_agree(compressed):
     _, out, measured = compressed
     assert inspect(out).measured == measured
+    assert measured.kl_to_dense > 0
     text = (out / "README.md").read_text()
     for figure in (measured.perplexity, measured.perplexity_dense):
         assert f"{figure:.3f}" in text
@@ -132,7 +157,7 @@ def test_the_text_is_named_by_its_hash_and_by_no_directory(compressed, short_tex
 def test_restore_multiplies_the_factors_back_to_the_bit(compressed, tmp_path):
     _, out, _ = compressed
     config, stored = verify(out), tensors_of(out)
-    assert restore(out, tmp_path / "dense") == len(config.kv) == 2
+    assert restore(out, tmp_path / "dense") == (len(config.kv), 0) == (2, 0)
     dense = tensors_of(tmp_path / "dense")
     for path in config.modules:
         weight = LowRankFactors(A=stored[f"{path}.A"], B=stored[f"{path}.B"]).dense()
@@ -168,11 +193,65 @@ def test_the_same_recipe_gives_the_same_bytes(compressed, short_text, tmp_path):
     assert bytes_of(tmp_path / "again") == bytes_of(out)
 
 
-@pytest.mark.parametrize("method", ["svd", "asvd"])
-def test_every_method_writes_a_checkpoint(tiny_checkpoint, short_text, tmp_path, method):
-    recipe = recipe_for(short_text, method=method)
-    compress(recipe, str(tiny_checkpoint("llama")), tmp_path / "out")
-    assert verify(tmp_path / "out").method == method
+@pytest.mark.parametrize("method", ["dobi_svd", "gptvq", "impart"])
+def test_other_artefacts_are_restored_to_the_model_that_is_served(
+    tiny_checkpoint, short_text, tmp_path, method
+):
+    base = source = tiny_checkpoint("llama")
+    options = {"name": method}
+    if method == "gptvq":
+        options |= {"em_iterations": 5, "sweeps": 1}
+    if method == "impart":
+        source, options = fine_tuned(base, tmp_path), impart(base)
+    recipe = recipe_for(short_text, method=options).model_copy(update={"kv": NO_KV})
+    compress(recipe, str(source), tmp_path / "out")
+    assert restore(tmp_path / "out", tmp_path / "dense", base=base) == (0, 0)
+    tokens = torch.arange(64)[None]
+    with torch.no_grad():
+        served, restored = (
+            reference.load(tmp_path / name, "cpu", torch.float32, base)(tokens).logits
+            for name in ("out", "dense")
+        )
+    torch.testing.assert_close(served, restored, rtol=0, atol=1e-5 * float(served.abs().max()))
+
+
+def fine_tuned(base, directory):
+    """A copy of a model, moved a little."""
+    source = shutil.copytree(base, directory / "tuned")
+    held = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in held.items():
+        if name.endswith("proj.weight"):
+            low = torch.randn(len(weight), 2, generator=generator)
+            held[name] = weight + low @ torch.randn(2, weight.shape[1], generator=generator) / 100
+    save_file(held, source / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+def impart(base):
+    return {"name": "impart", "base": str(base), "bits": 8}
+
+
+def test_deltas_say_which_model_they_are_differences_from(tiny_checkpoint, short_text, tmp_path):
+    base = tiny_checkpoint("llama")
+    source, out = fine_tuned(base, tmp_path), tmp_path / "out"
+    recipe = recipe_for(short_text, method=impart(base), kept=0.5)
+    compress(recipe.model_copy(update={"kv": NO_KV}), str(source), out)
+    config, tuned = verify(out), tensors_of(source)
+    assert config.base.name == base.name
+    assert set(config.deltas) == set(config.modules)
+    before, after = (reference.load(m, "cpu", base=base).state_dict() for m in (base, out))
+    for name in (f"{path}.weight" for path in config.deltas):
+        # the deltas bring back most of what fine-tuning changed
+        lost, changed = (float((made[name] - tuned[name]).norm()) for made in (after, before))
+        assert lost < 0.5 * changed
+    with pytest.raises(SourceError, match="is not the model that the deltas were taken from"):
+        restore(out, tmp_path / "dense", base=source)
+    other = recipe_for(short_text, method=impart(tiny_checkpoint("qwen2")))
+    with pytest.raises(SourceError, match="has other matrices than"):
+        compress(other, str(source), tmp_path / "again")
+    for content in bytes_of(out).values():
+        assert str(base.parent).encode() not in content
 
 
 def test_weights_may_stay_dense(tiny_checkpoint, short_text, tmp_path):
@@ -206,15 +285,21 @@ def test_shards_hold_every_tensor_once_within_their_size(tmp_path):
     assert index["weight_map"] == {n: record.shard for n, record in manifest.tensors.items()}
 
 
-def test_the_output_is_begun_before_anything_is_computed(tiny_checkpoint, short_text, tmp_path):
+def test_the_output_is_complete_or_absent_at_every_moment(tiny_checkpoint, short_text, tmp_path):
+    """A work directory is there from the first moment, so what cannot be written is found early."""
     seen = []
 
-    def watch(stage, _done, _total):
-        seen.append((stage, len(list(tmp_path.glob(".out.*.partial")))))
+    def watch(stage, done, total):
+        staged = len(list(tmp_path.glob(".out.*.partial")))
+        seen.append((stage, done, total))
+        assert not (tmp_path / "out").exists()
+        assert len(list(work_root(tmp_path / "out").iterdir())) == 1
+        assert staged == (stage == "write")
 
     compress(recipe_for(short_text), str(tiny_checkpoint("llama")), tmp_path / "out", watch)
-    assert seen[0][0] == "calibration"
-    assert {count for _, count in seen} == {1}
+    blocks = [("compress", done, 2) for done in (0, 1, 2)]
+    assert seen == [*blocks, ("write", 0, 1), ("write", 1, 1)]
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def test_a_damaged_source_shard_found_while_writing_leaves_nothing(
@@ -245,30 +330,40 @@ def script(body, *arguments):
     )
 
 
-def test_a_failing_write_names_the_bytes_needed_and_leaves_nothing(
-    tiny_checkpoint, short_text, tmp_path
+@pytest.mark.parametrize(
+    ("limit", "message"), [(1_000_000, "it needs"), (100_000, "the disk is full")]
+)
+def test_a_failing_write_says_so_and_leaves_nothing(
+    tiny_checkpoint, short_text, tmp_path, limit, message
 ):
-    # The limit makes the kernel refuse the write of the shard half-way, as a full disk does.
+    """The limit makes the kernel refuse a write half-way, as a full disk does.
+
+    The shard is 1.4 MB, what a block becomes 200 kB.
+    """
     process = script(
         """
         import resource, sys
         from offline_compress import cli
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        limit = int(sys.argv.pop(1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         cli.main()
         """,
-        *("run", tiny_checkpoint("llama"), tmp_path / "out", "--text", short_text),
+        *(limit, "run", tiny_checkpoint("llama"), tmp_path / "out", "--text", short_text),
         *("--samples", "2", "--recipe", write_recipe(tmp_path)),
     )
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
     assert "Traceback" not in errors
-    assert "cannot be written: it needs" in errors
+    assert f"cannot be written: {message}" in errors
     assert "File too large" in errors
     assert output == ""
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
 
 
-def test_a_run_killed_while_it_writes_leaves_nothing(tiny_checkpoint, short_text, tmp_path):
+def test_a_run_killed_while_it_writes_leaves_only_what_it_computed(
+    tiny_checkpoint, short_text, tmp_path
+):
+    """Nothing is half-written; the blocks wait for the next run."""
     process = script(
         """
         import sys, time
@@ -292,7 +387,10 @@ def test_a_run_killed_while_it_writes_leaves_nothing(tiny_checkpoint, short_text
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "Traceback" not in errors
-    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", ".out.work"}
+    (work,) = work_root(tmp_path / "out").iterdir()
+    records = {path.name for path in work.iterdir()}
+    assert records == {"lock", "block-0.safetensors", "block-1.safetensors"}
 
 
 def write_recipe(directory, text=None):
@@ -357,7 +455,7 @@ def test_a_config_of_fewer_layers_is_refused_with_every_module(copied, tmp_path)
             raw["layer_types"] = raw["layer_types"][:1]
 
     edit_json(copied / "config.json", drop_layer)
-    for path in ("mlp.down_proj: compressed in", "self_attn: projected in"):
+    for path in ("self_attn.o_proj: compressed in", "self_attn: projected in"):
         assert_refused(copied, rf"model\.layers\.1\.{path} config\.json", tmp_path)
 
 
@@ -384,7 +482,7 @@ def test_a_dense_tensor_that_even_the_manifest_lacks_is_missed(copied, tmp_path)
 
 def test_inspect_shows_the_ranks_that_are_served(compressed, copied):
     path = next(iter(verify(copied).modules))
-    edit_json(copied / "plan.json", lambda raw: raw["matrices"][path].update(rank=3))
+    edit_json(copied / "plan.json", lambda raw: raw["matrices"][path]["module"].update(rank=3))
     assert inspect(copied).plan == inspect(compressed[1]).plan
     edit_json(copied / "plan.json", lambda raw: raw["matrices"].pop(path))
     with pytest.raises(CheckpointFormatError, match=rf"plan\.json and the model differ in {path}"):

@@ -5,13 +5,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from vllm_svd.errors import CheckpointFormatError
-from vllm_svd.format.modules import KVProjection, Module, Shape
+from vllm_svd.format.linear import Stored
+from vllm_svd.format.modules import KVProjection, Module
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "svd"
+_MODULE: TypeAdapter[Module] = TypeAdapter(Module)
+
+
+class BaseReference(BaseModel):
+    """The dense model that deltas are differences from.
+
+    `sha256` is of the bytes of its weights that have deltas, in the order of their names.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    sha256: str
 
 
 class SvdCheckpointConfig(BaseModel):
@@ -28,10 +42,22 @@ class SvdCheckpointConfig(BaseModel):
     method: str = Field(min_length=1)
     modules: dict[str, Module] = {}
     kv: dict[str, KVProjection] = {}
+    base: BaseReference | None = None
 
-    def tensors(self) -> dict[str, Shape]:
-        """Names and shapes of every tensor that compression added."""
-        named: dict[str, Shape] = {}
+    @model_validator(mode="after")
+    def _deltas_have_a_base(self) -> "SvdCheckpointConfig":
+        if self.deltas and self.base is None:
+            raise ValueError("deltas without `base`, the model that they are differences from")
+        return self
+
+    @property
+    def deltas(self) -> list[str]:
+        """Paths of the linear layers stored as differences from `base`, sorted."""
+        return sorted(path for path, module in self.modules.items() if module.kind == "delta")
+
+    def tensors(self) -> dict[str, Stored]:
+        """Shape and dtype of every tensor that compression added, by name."""
+        named: dict[str, Stored] = {}
         for path, module in self.modules.items():
             named |= module.tensors(path)
         for path, projection in self.kv.items():
@@ -62,6 +88,12 @@ def parse(raw: Mapping[str, Any], where: str) -> SvdCheckpointConfig:
         raise CheckpointFormatError(
             where, problems, "restore config.json as offline-compress wrote it"
         ) from None
+
+
+def module_of(raw: Mapping[str, Any]) -> Module:
+    """One entry of `modules`; raises pydantic's ValidationError."""
+    found: Module = _MODULE.validate_python(raw)
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from pydantic import (
 
 from vllm_svd.errors import CheckpointFormatError
 from vllm_svd.format.config import read_json
+from vllm_svd.format.dtypes import DTYPE_BYTES
 
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _HEADER_LIMIT = 100 << 20
 
 # Never a path: what is verified is what a loader finds in the directory.

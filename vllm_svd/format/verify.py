@@ -6,8 +6,8 @@ from pathlib import Path
 
 from vllm_svd.errors import CheckpointFormatError
 from vllm_svd.format.config import SvdCheckpointConfig, read, read_json
+from vllm_svd.format.dtypes import DTYPE_BYTES, MODEL_DTYPES
 from vllm_svd.format.manifest import (
-    DTYPE_BYTES,
     INDEX_FILE,
     Manifest,
     TensorEntry,
@@ -16,7 +16,14 @@ from vllm_svd.format.manifest import (
     sha256,
 )
 
-_ADDED = (".A", ".B", ".attn.k_down", ".attn.k_up", ".attn.v_down", ".attn.v_up")
+# Endings of names that only compression adds: found without a module of config.json, they are
+# left over from another.
+_ADDED = (
+    *(".A", ".B", ".A_int8", ".A_scale", ".A_tail", ".B_int8", ".B_scale", ".B_tail"),
+    *(".indices", ".codebooks", ".scales", ".reduced", ".rows", ".columns", ".correction"),
+    *(".U", ".V", ".U_count", ".V_count", ".U_bitmap", ".V_bitmap", ".scale"),
+    *(".attn.k_down", ".attn.k_up", ".attn.v_down", ".attn.v_up"),
+)
 
 
 def verify(directory: Path, *, contents: bool = True) -> SvdCheckpointConfig:
@@ -46,21 +53,28 @@ def verify(directory: Path, *, contents: bool = True) -> SvdCheckpointConfig:
 def _config_against_manifest(config: SvdCheckpointConfig, manifest: Manifest) -> list[str]:
     problems = []
     expected = config.tensors()
-    for name, shape in expected.items():
+    for name, (shape, dtype) in expected.items():
         record = manifest.tensors.get(name)
         if record is None:
             problems.append(f"{name}: promised by config.json, absent from the manifest")
-        elif record.shape != shape:
+            continue
+        if record.shape != shape:
             problems.append(f"{name}: shape {list(record.shape)}, config.json says {list(shape)}")
+        if record.dtype not in ((dtype,) if dtype else MODEL_DTYPES):
+            accepted = dtype or ", ".join(MODEL_DTYPES)
+            problems.append(f"{name}: dtype {record.dtype}, config.json says {accepted}")
     dense = {name: record for name, record in manifest.tensors.items() if name not in expected}
     for name in sorted(config.replaced() & dense.keys()):
         problems.append(f"{name}: a dense weight beside the factors that replace it")
     for name in sorted(dense):
         if name.endswith(_ADDED):
             problems.append(f"{name}: not named by config.json")
-    dtypes = {record.dtype for record in manifest.tensors.values()}
-    if odd := sorted(dtypes - DTYPE_BYTES.keys()):
-        problems.append(f"dtypes {odd} are not accepted; accepted are {', '.join(DTYPE_BYTES)}")
+    odd = {record.dtype for record in dense.values() if record.dtype not in MODEL_DTYPES}
+    odd |= {record.dtype for record in manifest.tensors.values()} - DTYPE_BYTES.keys()
+    if odd:
+        problems.append(
+            f"dtypes {sorted(odd)} are not accepted; accepted are {', '.join(MODEL_DTYPES)}"
+        )
     return problems
 
 

@@ -1,6 +1,8 @@
 """vLLM's quantization config for `quant_method: svd`: which method serves which layer."""
 
 import os
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,17 @@ from vllm_svd.compat import (
     init_logger,
 )
 from vllm_svd.errors import SvdError, UnsupportedModelError
-from vllm_svd.format import QUANT_METHOD, SvdCheckpointConfig, parse, verify
+from vllm_svd.format import QUANT_METHOD, Module, SvdCheckpointConfig, parse, verify
 from vllm_svd.quantization.completeness import CheckedEmbeddingMethod, CheckedLinearMethod
 from vllm_svd.quantization.latent_kv import LatentKVMethod
-from vllm_svd.quantization.low_rank import LowRankLinearMethod
+from vllm_svd.quantization.linear import ShardedLinearMethod
+from vllm_svd.quantization.shards import MATRICES
 
 logger = init_logger("vllm.svd")
 
 VERIFY_VARIABLE = "VLLM_SVD_VERIFY"
 VERIFY_DEPTHS = ("contents", "headers", "none")
+EXPERTS = ".experts."
 
 
 class SvdConfig(QuantizationConfig):
@@ -38,6 +42,7 @@ class SvdConfig(QuantizationConfig):
                 "directories that offline-compress wrote; vLLM recognises them by itself",
                 "drop --quantization, or compress the model first",
             )
+        _refuse_unserved(checkpoint.modules)
         self.modules = dict(checkpoint.modules)
         self.kv = dict(checkpoint.kv)
 
@@ -95,9 +100,11 @@ class SvdConfig(QuantizationConfig):
             names = self.packed_modules_mapping.get(leaf, [leaf])
             shards = [self.modules.get(f"{parent}.{name}") for name in names]
             if any(shards):
-                return LowRankLinearMethod(shards)
+                return ShardedLinearMethod(shards)
             return CheckedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
+            if prefix in self.modules:
+                raise _unserved([f"{prefix} is an embedding or the language-model head"])
             return CheckedEmbeddingMethod()
         if isinstance(layer, Attention):
             projection = self.kv.get(prefix.removesuffix(".attn"))
@@ -107,6 +114,8 @@ class SvdConfig(QuantizationConfig):
 
     def _check_tensor_parallel(self) -> None:
         # vLLM's models only assert this, and only after the first layers are built.
+        if not self.kv:
+            return
         size = get_tensor_model_parallel_world_size()
         for path, projection in self.kv.items():
             heads = projection.num_kv_heads
@@ -116,3 +125,25 @@ class SvdConfig(QuantizationConfig):
                     "sizes that divide the KV heads, or are a multiple of them",
                     f"start vLLM with another --tensor-parallel-size than {size}",
                 )
+
+
+def _refuse_unserved(modules: Mapping[str, Module]) -> None:
+    """Raises UnsupportedModelError that names every kind of module vLLM has no method for."""
+    problems = []
+    kinds = Counter(module.kind for module in modules.values())
+    for kind in sorted(kinds.keys() - MATRICES.keys()):
+        problems.append(f"{kinds[kind]} modules are of kind {kind!r}")
+    # vLLM computes all experts of a layer in one kernel, which takes dense weights.
+    experts = sorted(path for path in modules if EXPERTS in path)
+    if experts:
+        problems.append(f"{len(experts)} modules are experts of a mixture, {experts[0]} the first")
+    if problems:
+        raise _unserved(problems)
+
+
+def _unserved(problems: list[str]) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"vLLM cannot serve this checkpoint compressed: {'; '.join(problems)}",
+        f"linear layers of kinds {', '.join(MATRICES)} outside the experts of a mixture",
+        "write a dense checkpoint with offline-compress restore, and serve that",
+    )

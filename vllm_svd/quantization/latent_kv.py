@@ -50,8 +50,8 @@ class LatentKVMethod(BaseKVCacheMethod):
         # Heads are replicated when there are more ranks than heads.
         first_head = get_tensor_model_parallel_rank() * projection.num_kv_heads // tp_size
         heads = slice(first_head, first_head + local_heads)
-        for tensor, shape in projection.tensors("").items():
-            basis = unfilled(local_heads, *shape[1:], dtype=torch.get_default_dtype())
+        for tensor, stored in projection.tensors("").items():
+            basis = unfilled(local_heads, *stored.shape[1:], dtype=torch.get_default_dtype())
             layer.register_parameter(tensor.rpartition(".")[2], basis)
             set_weight_attrs(basis, {"weight_loader": _loader(layer, heads)})
         make_latent(layer, projection)

@@ -1,0 +1,4 @@
+"""Element types of stored tensors, in safetensors' spelling, and their sizes."""
+
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "U8": 1, "I32": 4}
+MODEL_DTYPES = ("BF16", "F16", "F32")
