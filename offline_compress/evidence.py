@@ -63,6 +63,7 @@ def gather(
         influence=measured.influence,
         menus=measured.menus or None,
         windows=len(windows),
+        rank_multiple=recipe.weights.rank_multiple,
         progress=progress,
     )
     if not keep:
@@ -80,6 +81,7 @@ def gather(
         loss=losses if "losses" in asks else None,
         gated=gated,
         windows=len(windows),
+        rank_multiple=recipe.weights.rank_multiple,
         progress=progress,
     )
 

@@ -115,7 +115,7 @@ class _Run:
         )
         results = list(sweep.run(self.progress))
         scored = fidelity(network, streams, corpus.held_out_windows())
-        return self._measurements(scored, results), results, ranks
+        return self._measurements(scored, results), results, _as_made(ranks, results)
 
     def _streams(self, network: Network, held_out: bool = True) -> Streams:
         corpus, calibration = self.ready.corpus, self.recipe.calibration
@@ -207,6 +207,18 @@ class _Run:
             },
             versions={name: version(name) for name in ("vllm-svd", "torch", "transformers")},
         )
+
+
+def _as_made(ranks: RankPlan, results: list[LayerResult]) -> RankPlan:
+    """The plan with what was made: a method may add corrections where it finds biases."""
+    made = {
+        path: factors.config() for result in results for path, factors in result.factors.items()
+    }
+    matrices = {
+        path: plan.model_copy(update={"module": made[path]}) if path in made else plan
+        for path, plan in ranks.matrices.items()
+    }
+    return ranks.model_copy(update={"matrices": matrices})
 
 
 def _bases(ready: PreparedRun, results: list[LayerResult]) -> dict[str, KVBases]:

@@ -95,7 +95,9 @@ def plan(recipe: CompressionRecipe, source: Source, shares: Shares | None = None
             )
             shares = dict.fromkeys(seen, kept_of(recipe))
         else:
-            shares = allocator.shares(kept_of(recipe), Evidence(seen))
+            shares = allocator.shares(
+                kept_of(recipe), Evidence(seen, rank_multiple=recipe.weights.rank_multiple)
+            )
     matrices, caches = _planned(recipe, source, layers, shares)
     replaced = {f"{path}.weight" for path, matrix in matrices.items() if matrix.module}
     made = RankPlan(

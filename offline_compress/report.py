@@ -122,7 +122,9 @@ def result_table(measured: Measurements) -> Table:
     table.add_row("KL to dense, nats per token", "0", f"{measured.kl_to_dense:.2e}")
     table.add_row("same most likely token", "1", f"{measured.top1_agreement:.3f}")
     rows: Mapping[str, list[float]] = {
-        "largest output error": [matrix.held_out for matrix in measured.matrices.values()],
+        "largest output error": [
+            matrix.held_out for matrix in measured.matrices.values() if matrix.held_out is not None
+        ],
         "largest K error": [cache.k_error for cache in measured.caches.values()],
         "largest V error": [cache.v_error for cache in measured.caches.values()],
     }

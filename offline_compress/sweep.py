@@ -115,7 +115,9 @@ class Sweep:
                 self._install(index, compressed, self._on_base(result))
             self._advance(index, dense, compressed)
             progress("compress", index + 1, len(self.layers))
-            yield result
+            # A device has room for a block, not for what became of all of them.
+            host = {path: factors.on_host() for path, factors in result.factors.items()}
+            yield replace(result, factors=host)
 
     @torch.no_grad()
     def _advance(self, index: int, dense: nn.Module, compressed: nn.Module) -> None:
@@ -158,9 +160,12 @@ class Sweep:
         held_out: dict[str, float] = {}
         if factors:
             approximations = {path: factor.apply for path, factor in factors.items()}
-            held_out = held_out_errors(self.network, index, dense, self.streams, approximations)
+            if self.method.separable:
+                held_out = held_out_errors(self.network, index, dense, self.streams, approximations)
         errors = {
-            path: MatrixError(predicted=done.loss, held_out=held_out[path], damping=done.damping)
+            path: MatrixError(
+                predicted=done.loss, held_out=held_out.get(path), damping=done.damping
+            )
             for path, done in found.matrices.items()
         }
         bases, cache_error = self._project(index, compressed, found.bases)

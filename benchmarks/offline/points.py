@@ -106,6 +106,7 @@ def measure(
             compressed, corpus.held_out, corpus.calibration.shape[1], batch, corpus.bos
         ).perplexity
         errors = list(measured.matrices.values())
+        unseen = [error.held_out for error in errors if error.held_out is not None]
         return Point(
             method=name,
             kept=kept,
@@ -113,7 +114,7 @@ def measure(
             linear_bytes=totals.linear_bytes,
             kv_bytes_per_token=totals.kv_bytes_per_token,
             predicted=mean(error.predicted for error in errors) if errors else None,
-            held_out=mean(error.held_out for error in errors) if errors else None,
+            held_out=mean(unseen) if unseen else None,
             perplexity_run=measured.perplexity,
             perplexity_reloaded=reloaded,
             texts={text.name: text.compare(dense, compressed, batch, progress) for text in texts},

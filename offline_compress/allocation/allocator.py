@@ -74,7 +74,8 @@ class Evidence:
     .spectrum), summed over the calibration tokens. `influence`: 1 - E cos(x_l, x_l+1) of each
     decoder layer. `loss`: mean nats per calibration token with the matrices given at these shares
     and all others dense. `gated`: the same, differentiable, on one of `windows` windows. `menus`:
-    what each matrix may become, by the method's own prediction.
+    what each matrix may become, by the method's own prediction. The plan rounds ranks down to
+    multiples of `rank_multiple`.
     """
 
     matrices: Mapping[str, Matrix]
@@ -84,6 +85,7 @@ class Evidence:
     gated: Gated | None = None
     menus: Mapping[str, Sequence[Offer]] | None = None
     windows: int = 0
+    rank_multiple: int = 1
     progress: Progress = silent
 
 

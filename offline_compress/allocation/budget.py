@@ -11,8 +11,6 @@ from fractions import Fraction
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
-from pydantic import PositiveInt
-
 from offline_compress.allocation.allocator import Allocator, Evidence, Matrix, Shares
 
 Parameters = dict[str, int]
@@ -105,18 +103,15 @@ class Budget:
 class BudgetedAllocator(Allocator):
     """Shares of whole ranks: they leave less of the budget than any further step would take.
 
-    `rank_multiple` is that of the ranks in the plan. A budget that cannot hold every matrix at its
-    smallest is split uniformly.
+    A budget that cannot hold every matrix at its smallest is split uniformly.
     """
-
-    rank_multiple: PositiveInt = 1
 
     @abstractmethod
     def held(self, kept: Fraction, budget: Budget, evidence: Evidence) -> Parameters:
         """The size of every matrix under a feasible budget that cannot hold all of them dense."""
 
     def shares(self, kept: Fraction, evidence: Evidence) -> Shares:
-        budget = Budget(kept, evidence.matrices, self.rank_multiple)
+        budget = Budget(kept, evidence.matrices, evidence.rank_multiple)
         if kept >= 1 or not budget.feasible:
             return dict.fromkeys(evidence.matrices, kept)
         return budget.shares(self.held(kept, budget, evidence))

@@ -10,11 +10,7 @@ dense matrix, past the break-even rank whose factors cost as much and still lose
 """
 
 import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from heapq import heappop, heappush
-from operator import itemgetter
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -22,25 +18,25 @@ from pydantic import Field
 
 from offline_compress.allocation.allocator import Asks, Evidence, Shares
 from offline_compress.allocation.budget import Budget, BudgetedAllocator, Parameters
+from offline_compress.allocation.greedy import fill
 
 # A loss of output energy too small for the calibration loss to show it.
 _INTANGIBLE = 1e-6
-
-# (parameters, predicted loss) of one matrix, parameters ascending.
-Curve = Sequence[tuple[int, float]]
 
 
 class WaterFilling(BudgetedAllocator):
     """Every matrix keeps `floor` of the uniform share; the rest goes where it helps most.
 
     `reference` is the share of the measurement, by default what is kept. With `measure` false
-    every matrix counts by its relative tail energy, and nothing is measured.
+    every matrix counts by its relative tail energy, and nothing is measured. A floor of 0.5 beat
+    0.3 on wiki-llama-s at 0.8, 0.6 and 0.4 kept (perplexity 41.41, 41.92, 44.29 against 41.55,
+    42.26, 44.95; uniform 42.05, 43.69, 50.29).
     """
 
     paper: ClassVar[str] = "Fox 1966 and Shoham and Gersho 1988, on the error model of LEMS, 2026"
 
     name: Literal["water_filling"] = "water_filling"
-    floor: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.3
+    floor: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
     measure: bool = True
     reference: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
 
@@ -54,7 +50,7 @@ class WaterFilling(BudgetedAllocator):
         for path, losses in self._losses(kept, budget, evidence).items():
             step, dense = budget.sizes[path]
             sizes = torch.arange(floors[path], dense, step)
-            ranks = sizes // (step // self.rank_multiple)
+            ranks = sizes // (step // evidence.rank_multiple)
             known = losses[ranks.clamp_max(len(losses) - 1)]
             curves[path] = [*zip(sizes.tolist(), known.tolist(), strict=True), (dense, 0.0)]
         return fill(curves, budget.parameters)
@@ -70,7 +66,7 @@ class WaterFilling(BudgetedAllocator):
         wanted = kept if self.reference is None else Fraction(str(self.reference))
         at, references = {}, {}
         for path, sizes in budget.sizes.items():
-            width = sizes.step // self.rank_multiple
+            width = sizes.step // evidence.rank_multiple
             tangible = int((tails[path] > _INTANGIBLE * tails[path][0]).sum()) - 1
             size = sizes.within(min(wanted, Fraction(tangible * width, sizes.dense)))
             if size < sizes.dense and size // width <= tangible:
@@ -108,49 +104,3 @@ def _tail(spectrum: torch.Tensor) -> torch.Tensor:
     """What truncation at rank r loses, for r = 0 ... len(spectrum)."""
     tail = spectrum.double().flip(0).cumsum(0).flip(0)
     return torch.cat([tail, tail.new_zeros(1)])
-
-
-def fill(curves: Mapping[str, Curve], parameters: int) -> Parameters:
-    """The size of every matrix, from the first of its curve on, within so many parameters.
-
-    A step of a hull that does not fit gives way to the hull of the sizes that do. Of equal rates
-    the smaller share, then the first matrix, goes first.
-    """
-    held = {path: curve[0] for path, curve in curves.items()}
-    rest = parameters - sum(size for size, _ in held.values())
-    hulls = {path: hull(curve) for path, curve in curves.items()}
-    queue: list[tuple[float, float, int, str]] = []
-
-    def offer(index: int, path: str) -> None:
-        if hulls[path]:
-            (size, loss), (larger, less) = held[path], hulls[path][-1]
-            rate = (loss - less) / (larger - size)
-            heappush(queue, (-rate, size / curves[path][-1][0], index, path))
-
-    for index, path in enumerate(curves):
-        offer(index, path)
-    while queue:
-        *_, index, path = heappop(queue)
-        size, larger = held[path][0], hulls[path][-1][0]
-        if larger - size <= rest:
-            held[path] = hulls[path].pop()
-            rest -= larger - size
-        else:
-            first = bisect_left(curves[path], size, key=itemgetter(0))
-            last = bisect_right(curves[path], size + rest, key=itemgetter(0))
-            hulls[path] = hull(curves[path][first:last])
-        offer(index, path)
-    return {path: size for path, (size, _) in held.items()}
-
-
-def hull(curve: Curve) -> list[tuple[int, float]]:
-    """The lower convex hull without its first point, the last point first."""
-    found: list[tuple[int, float]] = []
-    for size, loss in curve:
-        while len(found) > 1:
-            (before, high), (middle, low) = found[-2:]
-            if (loss - low) * (middle - before) >= (low - high) * (size - middle):
-                break
-            found.pop()
-        found.append((size, loss))
-    return found[:0:-1]

@@ -83,7 +83,8 @@ def _errors(measured: Measurements) -> list[str]:
     for path, matrix in measured.matrices.items():
         name = path.rpartition(".")[2]
         groups.setdefault(f"{name}, predicted", []).append((path, matrix.predicted))
-        groups.setdefault(f"{name}, held out", []).append((path, matrix.held_out))
+        if matrix.held_out is not None:
+            groups.setdefault(f"{name}, held out", []).append((path, matrix.held_out))
     for path, cache in measured.caches.items():
         groups.setdefault("K (scores), held out", []).append((path, cache.k_error))
         groups.setdefault("V (output), held out", []).append((path, cache.v_error))

@@ -13,11 +13,11 @@ class MatrixError(_Frozen):
     """Relative errors, fractions of a squared norm.
 
     `predicted` is the dropped tail in the metric of the method; `held_out` the output error of
-    the stored factors on text they were not computed from.
+    what is stored, on text it was not computed from; None where only whole modules compare.
     """
 
     predicted: float
-    held_out: float
+    held_out: float | None
     damping: float
 
 

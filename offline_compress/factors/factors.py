@@ -53,6 +53,11 @@ class Factors(ABC):
         correction = None if self.correction is None else self.correction.to(dtype)
         return self.rebuilt(parts, correction)
 
+    def on_host(self) -> Self:
+        """The same artefact in the memory of the CPU."""
+        parts = {name: part.cpu() for name, part in self.parts().items()}
+        return self.rebuilt(parts, None if self.correction is None else self.correction.cpu())
+
     def rebuilt(self, parts: Mapping[str, torch.Tensor], correction: torch.Tensor | None) -> Self:
         """The same artefact of other parts."""
         return replace(type(self).of_parts(self.config(), parts), correction=correction)

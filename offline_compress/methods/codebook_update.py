@@ -9,7 +9,9 @@ import torch
 
 from offline_compress.methods.strips import Strips
 
-_TOLERANCE = 1e-6  # of the first residual, in the norm that the preconditioner makes
+# Of the first residual, in the norm that the preconditioner makes: what is left to gain is about
+# its square of what was gained.
+_TOLERANCE = 1e-2
 _LARGEST = 127
 # Of the largest entry. Steps a little wider may fall where a small codebook is; narrower ones clip
 # an outlier, which may cost less than coarse steps for all others.

@@ -52,6 +52,8 @@ class Method(BaseModel, ABC):
     artefact: ClassVar[str]
     # The allocator that the method was published with.
     allocator: ClassVar[str] = "uniform"
+    # Whether each matrix alone approximates the one it replaces, with the same inputs and outputs.
+    separable: ClassVar[bool] = True
     # Whether `compress` reads the energies of queries and keys.
     reads_attention: ClassVar[bool] = False
 
@@ -71,7 +73,8 @@ class Method(BaseModel, ABC):
     ) -> dict[str, Module | str]:
         """The artefact of every matrix within its share of its dense bytes, or why it stays dense.
 
-        Ranks and sizes are rounded down to a multiple, at least one.
+        Ranks and sizes are rounded down to a multiple, at least one. A method that is not separable
+        may move bytes between the matrices of a layer.
         """
 
     def projection_at(self, layer: Layer, shares: Mapping[str, Fraction]) -> KVProjection | None:  # noqa: ARG002

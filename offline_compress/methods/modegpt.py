@@ -38,6 +38,7 @@ class ModeGpt(Method):
     artefact: ClassVar[str] = "smaller dense matrices, and a smaller K/V cache"
     allocator: ClassVar[str] = "block_influence"
     reads_attention: ClassVar[bool] = True
+    separable: ClassVar[bool] = False
 
     name: Literal["modegpt"] = "modegpt"
     # Half of every MLP of wiki-llama-s: perplexity 45.6, and 46.2 at 0.01 (dense 42.4).

@@ -66,7 +66,7 @@ class Reducible:
 
     def smaller(self, size: int) -> int | str:
         """The size, if it saves bytes of every matrix."""
-        saves = size < self.channels and all(
+        saves = all(
             size * self._channel_bytes(side) < self.layer.dense_bytes(side.path)
             for side in self.sides
         )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import (
+    ARTEFACTS,
     DEMO_MODEL,
     HEAD_DIM,
     LAYERS,
@@ -55,6 +56,16 @@ def compressed(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Compres
         "post_half": {"weights": {"kept": 0.8}, "kv": {"mode": "post", "kept": 0.5}},
         "pre_mixed": projected("pre", MIXED_RANKS, kept=0.6),
         "post_mixed": projected("post", MIXED_RANKS, kept=0.6),
+        "auto": {"weights": {"method": "auto", "kept": 0.2}, "kv": {"kept": 0.5}},
+        "codebooks": {"weights": {"method": {"name": "gptvq", "dim": 4}, "kept": 0.1}},
+        "int8_factors": {
+            "weights": {"method": "dobi_svd", "allocator": "uniform", "kept": 0.4},
+            "kv": {"mode": "post", "kept": 0.5},
+        },
+        "reduced": {
+            "weights": {"method": "modegpt", "allocator": "uniform", "kept": 0.5},
+            "kv": {"kept": None},
+        },
     }
 
     def make(name: str) -> Path:
@@ -82,7 +93,7 @@ def engines(dense: Path, compressed: Any, prompts: Any, tmp_path_factory: Any) -
         }
 
     cases = {"dense": case(dense)}
-    cases |= {name: case(compressed(name)) for name in NAMES + MIXED}
+    cases |= {name: case(compressed(name)) for name in NAMES + MIXED + ARTEFACTS}
     for name in MIXED:
         model = compressed(name)
         cases[f"{name}_chunked"] = case(model, max_num_batched_tokens=64, max_num_seqs=64)

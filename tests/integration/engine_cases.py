@@ -28,6 +28,7 @@ KV_HEADS, HEAD_DIM, LAYERS = 2, 64, 6
 MAX_TOKENS = 24
 NAMES = ["weights_full", "pre_full", "post_full", "pre_half", "post_half"]
 MIXED = ["pre_mixed", "post_mixed"]
+ARTEFACTS = ["auto", "codebooks", "int8_factors", "reduced"]
 # Ranks that the native CPU kernel knows, ranks it does not, and unequal ones.
 MIXED_RANKS = [(64, 64), (32, 32), (24, 40), (48, 16), (13, 7), (40, 40)]
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 from engine_cases import (
+    ARTEFACTS,
     HEAD_DIM,
     KV_HEADS,
     LAYERS,
@@ -32,21 +33,21 @@ def dense_deviation(engines, dense, prompts) -> float:
     return float(deviations(of(engines, "dense"), dense, prompts).square().mean().sqrt())
 
 
-@pytest.mark.parametrize("name", ["weights_full", *MIXED, "pre_half", "post_half"])
+@pytest.mark.parametrize("name", ["weights_full", *MIXED, "pre_half", "post_half", *ARTEFACTS])
 def test_logprobs_equal_the_offline_reference(engines, compressed, prompts, dense_deviation, name):
     """To within twice the fp32 noise between vLLM and transformers on the dense model."""
     difference = deviations(of(engines, name), compressed(name), prompts)
     assert difference.square().mean().sqrt() <= 2 * dense_deviation
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", [*MIXED, *ARTEFACTS])
 def test_compression_is_not_a_no_op(engines, name):
     dense = of(engines, "dense")["rounds"][0][3]["prompt_logprobs"]
     served = of(engines, name)["rounds"][0][3]["prompt_logprobs"]
     assert max(abs(a - b) for a, b in zip(dense, served, strict=True)) > 0.05
 
 
-@pytest.mark.parametrize("name", ["pre_half", "post_half"])
+@pytest.mark.parametrize("name", ["pre_half", "post_half", "reduced"])
 def test_half_the_channels_hold_twice_the_tokens(engines, name):
     ratio = of(engines, name)["kv_cache_tokens"] / of(engines, "dense")["kv_cache_tokens"]
     assert ratio == pytest.approx(2.0, rel=0.01)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 
 from offline_compress.allocation.allocator import Evidence, Matrix
 from offline_compress.allocation.budget import Budget
+from offline_compress.allocation.greedy import fill
 from offline_compress.allocation.strs import Strs, increase_at
 from offline_compress.allocation.truncation_loss import TruncationLoss, removed_shares
-from offline_compress.allocation.water_filling import WaterFilling, fill
+from offline_compress.allocation.water_filling import WaterFilling
 
 NATS = 3.0  # of the dense model
 
@@ -22,14 +24,12 @@ multiples = st.sampled_from([1, 2, 5])
 allocators = st.one_of(
     st.builds(
         Strs,
-        rank_multiple=multiples,
         max_evaluations=st.integers(2, 40),
         grid=st.sets(st.sampled_from([0.05, 0.3, 0.5, 0.8, 0.95]), min_size=1).map(tuple),
     ),
-    st.builds(TruncationLoss, rank_multiple=multiples),
+    st.builds(TruncationLoss),
     st.builds(
         WaterFilling,
-        rank_multiple=multiples,
         floor=st.sampled_from([0.0, 0.3, 1.0]),
         measure=st.booleans(),
         reference=st.sampled_from([None, 0.5]),
@@ -97,10 +97,11 @@ def test_any_budget_is_spent_exactly_in_whole_ranks(allocator, model, kept, data
         assert all(0 < share < 1 for share in shares.values())
         return losses[len(calls) % len(losses)]
 
-    evidence = evidence_for(allocator, matrices, spectra, loss)
+    multiple = data.draw(multiples)
+    evidence = replace(evidence_for(allocator, matrices, spectra, loss), rank_multiple=multiple)
     shares = allocator.shares(kept, evidence)
-    if Budget(kept, matrices, allocator.rank_multiple).feasible:
-        assert_spent(kept, matrices, allocator.rank_multiple, shares)
+    if Budget(kept, matrices, multiple).feasible:
+        assert_spent(kept, matrices, multiple, shares)
     else:
         assert shares == dict.fromkeys(matrices, kept)
     calls.clear()
@@ -310,25 +311,6 @@ def test_water_filling_is_optimal_at_every_price_and_near_it_between(curves, res
     assert best <= loss_at(budget)
     if priced[0] <= budget:
         assert loss_at(budget) <= priced[1]
-
-
-@given(
-    drops=st.lists(
-        st.lists(st.integers(0, 30), max_size=4).map(lambda drops: sorted(drops, reverse=True)),
-        min_size=1,
-        max_size=4,
-    ),
-    rest=st.integers(0, 40),
-)
-def test_water_filling_is_optimal_for_falling_returns_on_equal_steps(drops, rest):
-    curves = {str(i): falling([(3, drop) for drop in row]) for i, row in enumerate(drops)}
-    held = fill(curves, len(curves) + rest)
-    best = min(
-        loss
-        for size, loss in map(total, itertools.product(*curves.values()))
-        if size <= len(curves) + rest
-    )
-    assert sum(dict(curve)[held[path]] for path, curve in curves.items()) == best
 
 
 @pytest.mark.parametrize("reference", [None, 0.3])

@@ -1,5 +1,7 @@
 """Windows of text and the statistics of layer inputs, against the definitions written out."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +149,27 @@ def assert_near(found, expected):
     scale = float(expected.abs().max())
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected.double(), rtol=0, atol=1e-5 * scale)
+
+
+@torch.no_grad()
+def test_every_block_gets_the_mask_of_its_own_attention(
+    noisy_checkpoint, network_of, windows, tmp_path
+):
+    """Qwen2 may slide in its upper layers alone."""
+    directory = shutil.copytree(noisy_checkpoint("qwen2"), tmp_path / "mixed")
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    config["layer_types"] = ["full_attention", "sliding_attention"]
+    (directory / "config.json").write_text(json.dumps(config))
+    network, model = network_of(directory), load(directory, "cpu", torch.float32)
+    hidden = network.embed(windows)
+    for index in (0, 1):
+        hidden = network.forward(index, network.block(index), hidden)
+    expected = model(windows).logits
+    atol = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(network.logits(hidden), expected, rtol=0, atol=atol)
+    full = load(noisy_checkpoint("qwen2"), "cpu", torch.float32)(windows).logits
+    assert not torch.allclose(full, expected, rtol=0, atol=1e3 * atol)
 
 
 def test_statistics_are_the_moments_of_every_input(network, model, windows, streams_of):

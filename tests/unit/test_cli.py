@@ -26,7 +26,7 @@ def test_run_inspect_evaluate_and_restore(invoke, model, recipe, short_text, tmp
     code, output, _ = invoke(
         *("run", model, out, "--recipe", recipe, "--text", short_text),
         *("--method", "asvd", "--kept", "0.5", "--kv-kept", "0.25", "--kv-mode", "post"),
-        *("--seed", "3", "--samples", "5", "--device", "cpu"),
+        *("--seed", "3", "--samples", "5", "--device", "cpu", "--allocator", "truncation_loss"),
     )
     assert code == 0
     assert f"vllm serve {out}" in output
@@ -34,6 +34,10 @@ def test_run_inspect_evaluate_and_restore(invoke, model, recipe, short_text, tmp
     code, output, _ = invoke("inspect", out, "--json")
     found = json.loads(output)
     assert (code, found["method"]) == (0, "asvd")
+    matrices = found["plan"]["matrices"].values()
+    ranks = {matrix["module"]["rank"] for matrix in matrices if matrix["module"]}
+    assert not ranks <= {16, 21, 22}  # measured for every matrix: these are those of uniform
+    assert found["measured"]["kl_to_dense"] > 0
     caches = found["plan"]["caches"]
     modes = {
         (cache["projection"]["mode"], cache["projection"]["k_rank"]) for cache in caches.values()
@@ -214,6 +218,7 @@ def test_inspect_evaluate_and_restore_refuse_what_is_not_theirs(
         ("inspect", model),
         ("inspect", tmp_path / "absent"),
         ("restore", model, tmp_path / "dense"),
+        ("merge", tmp_path / "dense", tmp_path / "absent", "--base", model),
         ("evaluate", tmp_path / "absent", "--text", short_text),
         ("evaluate", model, "--text", tmp_path / "absent.txt"),
     ):

@@ -77,6 +77,7 @@ def test_config_values_that_transformers_refuses(refused, model, changes):
     edit_config(model, **changes)
     errors = refused()
     assert "is not one transformers accepts" in errors
+    assert "Qwen3-MoE model with its own config.json" in errors
     assert "foo" in errors or "(5)" in errors or "num_hidden_layers" in errors
 
 

@@ -15,6 +15,7 @@ from offline_compress.factors import (
     LowRankInt8Factors,
     ReducedFactors,
 )
+from offline_compress.families import family_of
 from offline_compress.kv import KVBases
 from offline_compress.planning import layers_of, plan
 from offline_compress.progress import silent
@@ -76,36 +77,34 @@ def test_truncation_is_told_of_the_dense_model_alone(directory, swept, windows):
             assert error.held_out == pytest.approx(factors.output_error(weight, unseen), rel=1e-4)
 
 
+def orthogonality(factors, weight, gram):
+    """How much of the lost output goes with the latent: E[(W - B A) x (A x)^T], relative."""
+    latent = gram @ factors.A.double().T
+    lost = (weight - factors.dense()) @ latent
+    return float(lost.norm() / (weight @ latent).norm())
+
+
 def test_an_update_is_told_of_the_model_compressed_so_far(directory, swept, windows):
-    """B is least squares on x': the residual (W - B A) x' is orthogonal to the latent A x'."""
+    """Its B is least squares on x', so what it loses is orthogonal to the latent of x'."""
     dense = reference.load(directory, "cpu", torch.float32)
-    model, family = copy.deepcopy(dense), reference.load.__globals__["family_of"](dense.config)
+    model, family = copy.deepcopy(dense), family_of(dense.config)
+    observed, calibration = family.input_sites(dense.config), windows[:6]
     for index, result in enumerate(swept(UPDATED)):
-        layer = f"model.layers.{index}"
-        stages = {}
-        for path in result.factors:
-            stages.setdefault(family.input_sites(dense.config)[path].rpartition(".")[2], []).append(
-                path
-            )
-        for paths in stages.values():  # what reads the same input is compressed at once
-            grams = {path: gram_of(model, path, windows[:6]) for path in paths}
+        stage = {path: observed[path].rpartition(".")[2] for path in result.factors}
+        for leaf in dict.fromkeys(stage.values()):  # what reads one input is compressed at once
+            paths = [path for path in stage if stage[path] == leaf]
             for path in paths:
-                factors = result.factors[path]
-                weight = dense.get_submodule(path).weight.detach().double()
-                lost, latent = weight - factors.dense(), factors.A.double()
-
-                def left(gram, lost=lost, weight=weight, latent=latent):
-                    return float(
-                        (lost @ gram @ latent.T).norm() / (weight @ gram @ latent.T).norm()
-                    )
-
-                assert left(grams[path]) < 1e-4
-                if index or "q_proj" not in paths[0]:  # of other inputs it is not
-                    assert left(gram_of(dense, path, windows[:6])) > 1e-3
+                factors, weight = result.factors[path], dense.get_submodule(path).weight.detach()
+                gram = gram_of(model, path, calibration)
+                assert orthogonality(factors, weight.double(), gram) < 1e-4
+                if (index, leaf) != (0, "q_proj"):  # of the dense model's inputs it is not
+                    gram = gram_of(dense, path, calibration)
+                    assert orthogonality(factors, weight.double(), gram) > 1e-3
             for path in paths:
                 reference.install_factors(model, path, result.factors[path])
-        block = model.get_submodule(layer)
-        reference.install_kv(block, family, f"{layer}.{family.attention}", result.bases)
+        layer = f"model.layers.{index}"
+        path = f"{layer}.{family.attention}"
+        reference.install_kv(model.get_submodule(layer), family, path, result.bases)
 
 
 def test_results_survive_their_record(tmp_path):
