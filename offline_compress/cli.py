@@ -1,4 +1,4 @@
-"""`offline-compress`: run, plan, inspect, evaluate and restore."""
+"""`offline-compress`: run, plan, inspect, evaluate, restore and merge."""
 
 import json
 import os
@@ -250,6 +250,24 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except MemoryError as error:
+        _out_of_memory(error)
+    except RuntimeError as error:  # torch's own, on a device and on the host
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        _out_of_memory(error)
+
+
+def _out_of_memory(error: Exception) -> None:
+    if os.environ.get(DEBUG):
+        raise error
+    typer.echo(
+        f"error: out of memory: {str(error).partition(chr(10))[0]}\nRemedy: lower "
+        "calibration.batch or calibration.context, or use --device cpu; offline-compress plan "
+        "prints what is needed",
+        err=True,
+    )
+    sys.exit(1)
 
 
 def exit_on_signals() -> None:

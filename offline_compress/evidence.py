@@ -57,6 +57,7 @@ def gather(
     keep = bool(asks & {"losses", "gates"})
     spectra = bool(asks - {"influence"})
     measured = _sweep(network, method, layers, streams, work, keep, spectra, progress)
+    streams.remove()
     evidence = Evidence(
         matrices,
         spectra=measured.spectra or None,

@@ -48,6 +48,7 @@ def compress(
     ready = prepare_run(recipe, model, out)
     workers = Workers.joined()
     with workspace(out, work_key(recipe, ready, workers), workers.first) as work:
+        workers.wait()  # until the first of them holds the lock
         run = _Run(recipe, ready, work, workers, progress)
         measured, results, ranks = run.compress()
         if not workers.first:

@@ -113,6 +113,12 @@ def plan(recipe: CompressionRecipe, source: Source, shares: Shares | None = None
             *_too_short_context(recipe, positions, caches),
         ),
     )
+    if made.totals.linear_kept > recipe.weights.kept:
+        too_much = (
+            f"the least that {recipe.weights.method.name} can make keeps "
+            f"{made.totals.linear_kept:.3f} of the bytes, more than weights.kept"
+        )
+        made = made.model_copy(update={"warnings": (*made.warnings, too_much)})
     if not made.compressed and not made.projected:
         raise RecipeError(
             "the recipe",

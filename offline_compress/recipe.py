@@ -58,7 +58,8 @@ class Weights(BaseModel):
     def _allocator_of_the_method(cls, raw: Any) -> Any:
         """A method that was published with an allocator has it unless another one is given."""
         if isinstance(raw, dict) and raw.get("allocator") is None:
-            method = METHODS.get(_method_name(raw.get("method")) or "svd_llm")
+            name = _method_name(raw.get("method")) or "svd_llm"
+            method = METHODS.get(name) if isinstance(name, str) else None
             return {**raw, "allocator": method.allocator if method else "uniform"}
         return raw
 

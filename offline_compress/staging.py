@@ -23,6 +23,8 @@ class OutputError(SvdError):
 
 def ensure_vacant(out: Path) -> None:
     """Raises OutputError if `out` exists, or cannot be created with its parents."""
+    if not out.name:
+        raise OutputError(f"{out} already exists\nRemedy: give the name of a new directory")
     try:
         _partial(out).exists()  # the longest name that will be written
         taken = out.exists() or out.is_symlink()

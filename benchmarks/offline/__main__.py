@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from benchmarks.machine import machine
 from benchmarks.offline import variants
 from benchmarks.offline.compare import Scored
 from benchmarks.offline.plots import plot
-from benchmarks.offline.points import cache_recipe, measure, recipe_of
+from benchmarks.offline.points import Point, cache_recipe, measure, recipe_of
 from benchmarks.offline.reference_model import train
 from benchmarks.offline.results import Archive, Quality, write
 from offline_compress import preflight, reference
@@ -22,6 +23,7 @@ from offline_compress.recipe import parse
 from offline_compress.report import progress_bars
 from offline_compress.weights import open_source
 from vllm_svd.errors import SvdError
+from vllm_svd.format import sha256
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("reference-model")(train)
@@ -48,8 +50,9 @@ def quality(
 ) -> None:
     """Compress MODEL in every way asked for and compare each with the dense model on every --text.
 
-    --text, --method, --kept, --kv-mode and --kv-kept may be repeated. Points already in --out that
-    were measured with the same recipe and texts are not measured again.
+    --text, --method, --kept, --kv-mode and --kv-kept may be repeated. With --kv-mode and no
+    --method only the cache is compressed. Points already in --out that were measured with the same
+    recipe, model and texts are not measured again.
     """
     try:
         _quality(
@@ -86,7 +89,8 @@ def _quality(
     windows: int | None,
 ) -> None:
     how = {"text": str(calibration), "samples": samples, "context": context}
-    wanted = [] if method == [] else list(variants.chosen(method).items())
+    caches_only = method is None and bool(kv_mode)
+    wanted = [] if caches_only else list(variants.chosen(method).items())
     recipes = [
         (name, share, recipe_of(weights, share, **how))
         for share in kept
@@ -99,6 +103,10 @@ def _quality(
     ]
     for _, _, recipe in recipes:  # before anything is loaded
         parse(recipe, "the command line")
+    if len({path.name for path in text}) < len(text):
+        raise SvdError(
+            f"--text {', '.join(map(str, text))}: names must differ\nRemedy: rename one of them"
+        )
     source = open_source(str(model))
     tokenizer = preflight.load_tokenizer(source.directory)
     corpus = split(
@@ -113,17 +121,24 @@ def _quality(
     dense = reference.load(model, device, preflight.compute_dtype(device, source.torch_dtype))
     texts = [Scored(path, tokenizer, context, windows) for path in text]
     archive = Archive(out / "points" / model.name) if out is not None else None
-    points = []
+    points: list[Point] = []
+    failed: list[str] = []
+    inputs = _inputs(source.directory, [calibration, *text])
     with progress_bars(Console(stderr=True)) as progress:
         exact = {scored.name: scored.compare(dense, dense, batch, progress) for scored in texts}
         for number, (name, share, recipe) in enumerate(recipes):
-            key = _key(name, share, recipe, [f"{scored.name} {scored.tokens}" for scored in texts])
+            key = _key(name, share, [recipe, inputs, windows])
             point = archive.load(key) if archive else None
-            if point is None:
-                point = measure(name, share, recipe, model, dense, texts, corpus, batch, progress)
+            try:
+                point = point or measure(
+                    name, share, recipe, model, dense, texts, corpus, batch, progress
+                )
+            except SvdError as error:  # the other points are worth having
+                failed.append(str(error))
+            else:
+                points.append(point)
                 if archive:
                     archive.save(key, point)
-            points.append(point)
             progress("points", number + 1, len(recipes))
     found = Quality(
         model=model.resolve().name,
@@ -142,10 +157,21 @@ def _quality(
         write(out / f"{found.model}.json", found.model_dump_json(indent=1) + "\n")
         write(out / f"{found.model}.md", found.markdown())
         plot(found, out)
+    if failed:
+        raise SvdError("\n".join(failed))
 
 
-def _key(name: str, share: float, recipe: dict[str, object], texts: list[str]) -> str:
-    digest = hashlib.sha256(json.dumps([recipe, texts]).encode()).hexdigest()[:8]
+def _inputs(model: Path, texts: list[Path]) -> list[object]:
+    """What a point depends on beside its recipe."""
+    weights = sorted(
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in model.glob("*.safetensors")
+    )
+    return [weights, [sha256(path) for path in texts], version("vllm-svd")]
+
+
+def _key(name: str, share: float, facts: list[object]) -> str:
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
     return f"{name.replace(' ', '-')}-{share:g}-{digest}"
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_compress.evaluation import default_bos, tokenize_file
 from offline_compress.progress import Progress
+from vllm_svd.errors import SvdError
 
 
 class Agreement(BaseModel):
@@ -39,6 +40,11 @@ class Scored:
         self.name = path.name
         tokens, bos = tokenize_file(tokenizer, path), default_bos(tokenizer)
         span = context - (bos is not None)
+        if len(tokens) < span:
+            raise SvdError(
+                f"{path} holds {len(tokens)} tokens, a window {span}\n"
+                "Remedy: give a longer --text, or lower --context"
+            )
         count = min(len(tokens) // span, most or len(tokens))
         windows = tokens[: count * span].view(count, span)
         if bos is not None:
@@ -72,7 +78,7 @@ class Scored:
             sums += torch.stack([nll, kl, same]).cpu()
             progress(f"score {self.name}", first + len(ids), len(self.windows))
         nll, kl, same = (sums / self.tokens).tolist()
-        return Agreement(perplexity=math.exp(nll), kl=kl, top1=same)
+        return Agreement(perplexity=math.exp(min(nll, 700.0)), kl=kl, top1=same)
 
 
 def _last(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

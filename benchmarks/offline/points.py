@@ -1,6 +1,5 @@
 """One compressed model: made by `offline-compress run` in a process of its own, then scored."""
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,21 @@ from offline_compress.evaluation import perplexity
 from offline_compress.progress import Progress
 from vllm_svd.errors import SvdError
 
-_RUN = "from offline_compress.cli import main; main()"
+# The peak of a process starts over at exec; what wait4 tells of a child includes its parent's.
+_RUN = """
+import atexit, sys
+from pathlib import Path
+from offline_compress.cli import main
+
+target = Path(sys.argv.pop())
+
+@atexit.register
+def report():
+    rows = Path("/proc/self/status").read_text().splitlines()
+    target.write_text(next(row for row in rows if row.startswith("VmHWM")).split()[1])
+
+main()
+"""
 
 
 class Point(BaseModel):
@@ -88,16 +101,18 @@ def measure(
     with tempfile.TemporaryDirectory() as directory:
         out, written = Path(directory) / "out", Path(directory) / "recipe.yaml"
         written.write_text(yaml.safe_dump(dict(recipe)))
-        command = [sys.executable, "-c", _RUN, "run", str(model), str(out)]
-        log = Path(directory) / "log"
+        peak, log = Path(directory) / "peak", Path(directory) / "log"
+        arguments = ["run", str(model), str(out), "--recipe", str(written), str(peak)]
         started = time.monotonic()
         with log.open("w") as stream:
-            process = subprocess.Popen(
-                [*command, "--recipe", str(written)], stdout=stream, stderr=subprocess.STDOUT
+            done = subprocess.run(
+                [sys.executable, "-c", _RUN, *arguments],
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                check=False,
             )
-            _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - started
-        if status:
+        if done.returncode:
             raise SvdError(f"{name} at {kept:g} kept failed: {log.read_text().strip()[-2000:]}")
         found = inspect(out)
         compressed = reference.load(out, dense.device, dense.dtype)
@@ -119,5 +134,5 @@ def measure(
             perplexity_reloaded=reloaded,
             texts={text.name: text.compare(dense, compressed, batch, progress) for text in texts},
             seconds=seconds,
-            peak_bytes=usage.ru_maxrss * 1024,
+            peak_bytes=int(peak.read_text()) * 1024,
         )

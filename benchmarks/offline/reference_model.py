@@ -20,10 +20,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from offline_compress.evaluation import tokenize_file
+from offline_compress.evaluation import read_text, tokenize_file
 from offline_compress.preflight import pick_device
 from offline_compress.report import progress_bars
-from offline_compress.staging import staged
+from offline_compress.staging import ensure_vacant, staged
 from vllm_svd.errors import SvdError
 
 _BOS, _EOS = "<|bos|>", "<|eos|>"
@@ -55,11 +55,14 @@ def train(
     windows at random offsets. The model is bf16 with a byte-level BPE of --vocabulary tokens.
     """
     try:
-        if shape not in _SHAPES or heads % kv_heads or hidden % heads:
+        ensure_vacant(out)  # before the minutes are spent
+        for path in text:
+            read_text(path)
+        if shape not in _SHAPES or hidden % (2 * heads) or heads % kv_heads or hidden % heads:
             raise SvdError(
                 f"--shape {shape} --hidden {hidden} --heads {heads} --kv-heads {kv_heads} is no "
-                f"model\nRemedy: a shape of {', '.join(_SHAPES)}, heads that divide hidden, and "
-                "kv-heads that divide heads"
+                f"model\nRemedy: a shape of {', '.join(_SHAPES)}, heads of even size that divide "
+                "hidden, and kv-heads that divide heads"
             )
         tokenizer = _tokenizer(text, vocabulary)
         tokens = torch.cat([tokenize_file(tokenizer, path) for path in text])

@@ -37,8 +37,9 @@ _UNITS = 4
 
 
 def _curve(offers: Sequence[Offer], size: int) -> Curve:
-    """The best offer of each size, sizes ascending."""
-    best: dict[int, float] = {}
+    """The offers that lose less than every smaller one, sizes ascending."""
+    best: list[tuple[int, float]] = []
     for share, loss in sorted(offers):
-        best.setdefault(int(share * size), loss)
-    return list(best.items())
+        if not best or loss < best[-1][1]:
+            best.append((int(share * size), loss))
+    return best

@@ -28,6 +28,11 @@ class Streams:
     batch: int
     workers: Workers
 
+    def remove(self) -> None:
+        """Give back the memory and the files of both streams."""
+        self.dense.remove()
+        self.compressed.remove()
+
     def calibrating(self) -> Iterator[slice]:
         """Micro-batches of the calibration set."""
         return micro_batches(0, self.calibration, self.batch)

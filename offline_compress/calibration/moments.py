@@ -70,10 +70,9 @@ class InputMoments:
         for total in (self.tokens, self.shifted_tokens, *self.sums.values()):
             workers.sum(total)
         workers.largest(self.max_abs)
-        # |x| of every channel is in this sum: where it is finite, so is the Gram.
-        if not torch.isfinite(self.sums["mean_abs"]).all():
+        if not all(torch.isfinite(total).all() for total in self.sums.values()):
             raise ActivationError(
-                f"the input of {path} is NaN or infinite on the calibration text\n"
+                f"the input of {path}, or its square, is NaN or infinite on the calibration text\n"
                 "Remedy: check the checkpoint, or run it in a wider dtype (set dtype in its "
                 "config.json to bfloat16 or float32)"
             )
@@ -82,6 +81,9 @@ class InputMoments:
             total.div_(count.clamp_min(1))
             if name in ("gram", "shifted_gram"):
                 _symmetrise(total)
+        if not self.paired and "shifted_mean" in self.sums and "mean" in self.sums:
+            # Other tokens than those of the dense model: their difference is no shift of these.
+            self.sums["mean"] = self.sums["shifted_mean"]
         found = {name: total for name, total in self.sums.items() if name in self.needs}
         if "max_abs" in self.needs:
             found["max_abs"] = self.max_abs

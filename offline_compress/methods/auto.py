@@ -102,18 +102,26 @@ class Auto(OfferingMethod):
         shares: Mapping[str, Fraction],
         multiple: int = 1,  # noqa: ARG002
     ) -> dict[str, Module | str]:
-        """The offer of exactly this share, as the knapsack chose it, or the largest below it."""
+        """The offer of exactly this share, as the knapsack chose it, or the largest codebook below.
+
+        Of codebooks of the same size that of more dimensions, which distorts less.
+        """
         found: dict[str, Module | str] = {}
         for path, share in shares.items():
             if share >= 1:
                 found[path] = "its share is all of it"
                 continue
-            offers = list(self.offers(*layer.shapes[path]))
+            sizes = [(o.bytes(layer.item_bytes), o) for o in self.offers(*layer.shapes[path])]
             limit = share * layer.dense_bytes(path)
-            fitting = [offer for offer in offers if offer.bytes(layer.item_bytes) <= limit]
-            sizes = [offer.bytes(layer.item_bytes) for offer in fitting or offers]
-            best = max(sizes) if fitting else min(sizes)
-            found[path] = (fitting or offers)[sizes.index(best)]
+            # Low rank only where it was chosen by its exact size: no size says when it is better.
+            fitting = [
+                (size, offer)
+                for size, offer in sizes
+                if size == limit or (size < limit and isinstance(offer, Codebook))
+            ]
+            order = [(size, getattr(offer, "dim", 0)) for size, offer in fitting or sizes]
+            best = order.index(max(order) if fitting else min(order))
+            found[path] = (fitting or sizes)[best][1]
         return found
 
     def compress(self, block: Block, wanted: Mapping[str, Module]) -> Compressed:

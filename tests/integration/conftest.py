@@ -56,8 +56,11 @@ def compressed(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Compres
         "post_half": {"weights": {"kept": 0.8}, "kv": {"mode": "post", "kept": 0.5}},
         "pre_mixed": projected("pre", MIXED_RANKS, kept=0.6),
         "post_mixed": projected("post", MIXED_RANKS, kept=0.6),
-        "auto": {"weights": {"method": "auto", "kept": 0.2}, "kv": {"kept": 0.5}},
-        "codebooks": {"weights": {"method": {"name": "gptvq", "dim": 4}, "kept": 0.1}},
+        "auto": {"weights": {"method": "auto", "kept": 0.1}, "kv": {"kept": 0.5}},
+        "codebooks": {
+            "weights": {"method": {"name": "gptvq", "em_iterations": 10}, "kept": 0.08},
+            "kv": {"kept": None},
+        },
         "int8_factors": {
             "weights": {"method": "dobi_svd", "allocator": "uniform", "kept": 0.4},
             "kv": {"mode": "post", "kept": 0.5},

@@ -28,8 +28,8 @@ def measured(tmp_path_factory):
                 {
                     "weights": {"method": method, "kept": kept},
                     "kv": {"kept": kv_kept, "mode": kv_mode},
-                    "calibration": {"text": str(TEXT), "samples": 48},
-                    "evaluation": {"samples": 32},
+                    "calibration": {"text": str(TEXT), "samples": 32},
+                    "evaluation": {"samples": 16},
                 },
                 "the test",
             )

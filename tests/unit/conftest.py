@@ -7,14 +7,17 @@ import sys
 
 import pytest
 import torch
+from reference_models import tokens_for
 from safetensors.torch import load_file, save_file
 
 from offline_compress import cli, kv
 from offline_compress.calibration import HOST_LIMIT, Network, Workers
+from offline_compress.reference import load
 from offline_compress.sweep import open_streams
 from offline_compress.weights import open_source
 from offline_compress.workspace import Workspace
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -90,6 +93,24 @@ def kv_statistics(streams_of):
         return found
 
     return collect
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def directory(request, noisy_checkpoint):
+    return noisy_checkpoint(request.param)
+
+
+@pytest.fixture(scope="module")
+def dense(directory):
+    """The whole model at once, in plain transformers."""
+    return load(directory, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def statistics(dense, directory, network_of, kv_statistics):
+    """Of every attention layer of the dense model, by mode of the cache and path."""
+    network, windows = network_of(directory), tokens_for(dense, samples=4)
+    return {mode: kv_statistics(network, windows, mode) for mode in ("pre", "post")}
 
 
 @pytest.fixture

@@ -70,6 +70,17 @@ def test_every_offer_is_found_again_by_its_share():
             assert Fraction(module.bytes(2), layer.dense_bytes(path)) == share
 
 
+def test_without_an_exact_size_the_largest_codebook_that_fits():
+    layer, path = layer_of(256, 256)
+    for share in (Fraction(1, 5), Fraction(1, 3), Fraction(1, 2)):
+        module = Auto().modules_at(layer, {path: share})[path]
+        assert isinstance(module, Codebook)
+        assert module.bytes(2) <= share * layer.dense_bytes(path)
+        for other in Auto().offers(256, 256):
+            if isinstance(other, Codebook) and other.bytes(2) == module.bytes(2):
+                assert other.dim <= module.dim
+
+
 def test_a_share_below_every_offer_gets_the_smallest():
     layer, path = layer_of(24, 16)
     module = Auto().modules_at(layer, {path: Fraction(1, 1000)})[path]

@@ -1,16 +1,13 @@
-"""Compressed checkpoints: complete and exact, or absent."""
+"""Compressed checkpoints: complete and exact, and refused once they are damaged."""
 
 import hashlib
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 import yaml
+from runs import recipe_for, tensors_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -24,31 +21,11 @@ from offline_compress.pipeline import compress, load_tokenizer
 from offline_compress.planning import plan
 from offline_compress.recipe import CompressionRecipe
 from offline_compress.weights import SourceError, open_source
-from offline_compress.workspace import work_root
 from vllm_svd.errors import CheckpointFormatError
 from vllm_svd.format import verify
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
-
-
 NO_KV = CompressionRecipe.model_validate({"kv": {"kept": None}}).kv
-
-
-def recipe_for(text, **weights):
-    return CompressionRecipe.model_validate(
-        {
-            "weights": {"kept": 0.6} | weights,
-            "calibration": {"text": str(text), "samples": 6, "context": 64, "device": "cpu"},
-            "evaluation": {"samples": 3},
-        }
-    )
-
-
-def tensors_of(directory):
-    found = {}
-    for shard in sorted(directory.glob("*.safetensors")):
-        found |= load_file(shard)
-    return found
 
 
 def bytes_of(directory):
@@ -64,14 +41,14 @@ def family(request):
 def compressed(family, tiny_checkpoint, short_text, tmp_path_factory):
     """(source directory, compressed directory, what compress returned)."""
     out = tmp_path_factory.mktemp("compressed") / "out"
-    measured = compress(recipe_for(short_text), str(tiny_checkpoint(family)), out)
+    measured = compress(recipe_for(short_text, kept=0.6), str(tiny_checkpoint(family)), out)
     return tiny_checkpoint(family), out, measured
 
 
 def test_it_verifies_and_holds_what_the_plan_promised(compressed, short_text):
     source, out, _ = compressed
     config = verify(out)
-    ranks = plan(recipe_for(short_text), open_source(str(source)))
+    ranks = plan(recipe_for(short_text, kept=0.6), open_source(str(source)))
     assert config.modules == ranks.compressed
     assert config.kv == ranks.projected
     held = sum(tensor.nbytes for tensor in tensors_of(out).values())
@@ -178,7 +155,7 @@ def test_half_precision_is_stored_and_restored_to_the_bit(tiny_checkpoint, short
     ).save_pretrained(source)
     for path in open_source(str(tiny_checkpoint("qwen2"))).companions():
         (source / path.name).write_bytes(path.read_bytes())
-    compress(recipe_for(short_text), str(source), tmp_path / "out")
+    compress(recipe_for(short_text, kept=0.6), str(source), tmp_path / "out")
     restore(tmp_path / "out", tmp_path / "dense")
     stored, dense = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "dense")
     assert {tensor.dtype for tensor in (stored | dense).values()} == {torch.bfloat16}
@@ -189,7 +166,7 @@ def test_half_precision_is_stored_and_restored_to_the_bit(tiny_checkpoint, short
 
 def test_the_same_recipe_gives_the_same_bytes(compressed, short_text, tmp_path):
     source, out, _ = compressed
-    compress(recipe_for(short_text), str(source), tmp_path / "again")
+    compress(recipe_for(short_text, kept=0.6), str(source), tmp_path / "again")
     assert bytes_of(tmp_path / "again") == bytes_of(out)
 
 
@@ -203,7 +180,7 @@ def test_other_artefacts_are_restored_to_the_model_that_is_served(
         options |= {"em_iterations": 5, "sweeps": 1}
     if method == "impart":
         source, options = fine_tuned(base, tmp_path), impart(base)
-    recipe = recipe_for(short_text, method=options).model_copy(update={"kv": NO_KV})
+    recipe = recipe_for(short_text, method=options, kept=0.6).model_copy(update={"kv": NO_KV})
     compress(recipe, str(source), tmp_path / "out")
     assert restore(tmp_path / "out", tmp_path / "dense", base=base) == (0, 0)
     tokens = torch.arange(64)[None]
@@ -247,7 +224,7 @@ def test_deltas_say_which_model_they_are_differences_from(tiny_checkpoint, short
         assert lost < 0.5 * changed
     with pytest.raises(SourceError, match="is not the model that the deltas were taken from"):
         restore(out, tmp_path / "dense", base=source)
-    other = recipe_for(short_text, method=impart(tiny_checkpoint("qwen2")))
+    other = recipe_for(short_text, method=impart(tiny_checkpoint("qwen2")), kept=0.6)
     with pytest.raises(SourceError, match="has other matrices than"):
         compress(other, str(source), tmp_path / "again")
     for content in bytes_of(out).values():
@@ -285,120 +262,6 @@ def test_shards_hold_every_tensor_once_within_their_size(tmp_path):
     assert index["weight_map"] == {n: record.shard for n, record in manifest.tensors.items()}
 
 
-def test_the_output_is_complete_or_absent_at_every_moment(tiny_checkpoint, short_text, tmp_path):
-    """A work directory is there from the first moment, so what cannot be written is found early."""
-    seen = []
-
-    def watch(stage, done, total):
-        staged = len(list(tmp_path.glob(".out.*.partial")))
-        seen.append((stage, done, total))
-        assert not (tmp_path / "out").exists()
-        assert len(list(work_root(tmp_path / "out").iterdir())) == 1
-        assert staged == (stage == "write")
-
-    compress(recipe_for(short_text), str(tiny_checkpoint("llama")), tmp_path / "out", watch)
-    blocks = [("compress", done, 2) for done in (0, 1, 2)]
-    assert seen == [*blocks, ("write", 0, 1), ("write", 1, 1)]
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
-
-
-def test_a_damaged_source_shard_found_while_writing_leaves_nothing(
-    tiny_checkpoint, short_text, tmp_path
-):
-    source = tmp_path / "source"
-    source.mkdir()
-    for path in tiny_checkpoint("llama").iterdir():
-        (source / path.name).write_bytes(path.read_bytes())
-
-    def damage(stage, done, _total):
-        if (stage, done) == ("write", 0):
-            shard = source / "model.safetensors"
-            shard.write_bytes(shard.read_bytes()[:5000])
-
-    with pytest.raises(Exception, match="cannot be read"):
-        compress(recipe_for(short_text), str(source), tmp_path / "out", damage)
-    assert {path.name for path in tmp_path.iterdir()} == {"source"}
-
-
-def script(body, *arguments):
-    """A process of its own, for signals and resource limits."""
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(body), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@pytest.mark.parametrize(
-    ("limit", "message"), [(1_000_000, "it needs"), (100_000, "the disk is full")]
-)
-def test_a_failing_write_says_so_and_leaves_nothing(
-    tiny_checkpoint, short_text, tmp_path, limit, message
-):
-    """The limit makes the kernel refuse a write half-way, as a full disk does.
-
-    The shard is 1.4 MB, what a block becomes 200 kB.
-    """
-    process = script(
-        """
-        import resource, sys
-        from offline_compress import cli
-        limit = int(sys.argv.pop(1))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        cli.main()
-        """,
-        *(limit, "run", tiny_checkpoint("llama"), tmp_path / "out", "--text", short_text),
-        *("--samples", "2", "--recipe", write_recipe(tmp_path)),
-    )
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 1, errors
-    assert "Traceback" not in errors
-    assert f"cannot be written: {message}" in errors
-    assert "File too large" in errors
-    assert output == ""
-    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
-
-
-def test_a_run_killed_while_it_writes_leaves_only_what_it_computed(
-    tiny_checkpoint, short_text, tmp_path
-):
-    """Nothing is half-written; the blocks wait for the next run."""
-    process = script(
-        """
-        import sys, time
-        from pathlib import Path
-        from offline_compress import cli
-        from offline_compress.pipeline import compress
-        from offline_compress.recipe import load
-        def wait(stage, done, total):
-            if stage == "write":
-                print("writing", flush=True)
-                time.sleep(600)
-        cli.exit_on_signals()
-        recipe, model, out = sys.argv[1:]
-        compress(load(Path(recipe)), model, Path(out), wait)
-        """,
-        *(write_recipe(tmp_path, short_text), tiny_checkpoint("llama"), tmp_path / "out"),
-    )
-    assert process.stdout.readline() == "writing\n"
-    assert len(list(tmp_path.glob(".out.*.partial"))) == 1
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "Traceback" not in errors
-    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", ".out.work"}
-    (work,) = work_root(tmp_path / "out").iterdir()
-    records = {path.name for path in work.iterdir()}
-    assert records == {"lock", "block-0.safetensors", "block-1.safetensors"}
-
-
-def write_recipe(directory, text=None):
-    path = directory / "recipe.yaml"
-    path.write_text(recipe_for(text or "unset").yaml())
-    return path
-
-
 def test_a_changed_byte_is_found_by_inspect(compressed, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -424,7 +287,7 @@ def test_a_tensor_the_model_does_not_have_is_not_copied(tiny_checkpoint, short_t
     held["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
     held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
     save_file(held, source / "model.safetensors", metadata={"format": "pt"})
-    compress(recipe_for(short_text), str(source), tmp_path / "out")
+    compress(recipe_for(short_text, kept=0.6), str(source), tmp_path / "out")
     names = tensors_of(tmp_path / "out").keys()
     assert not any("inv_freq" in name or name == "lm_head.weight" for name in names)
 
