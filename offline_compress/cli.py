@@ -129,7 +129,10 @@ def run(
                 err=True,
             )
         _print(result_table(measured))
-        typer.echo(f"{out} is complete: vllm serve {out}")
+        use = f"vllm serve {out}"
+        if wanted.weights.method.base_model is not None:
+            use = f"to serve it, offline-compress restore {out} DENSE_DIR"
+        typer.echo(f"{out} is complete: {use}")
 
 
 @app.command()
