@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
 from vllm_svd.compat import BaseKVCacheMethod, LinearMethodBase, QuantizationConfig
 from vllm_svd.errors import CheckpointFormatError
-from vllm_svd.format import LowRank
+from vllm_svd.format import LowRank, SvdCheckpointConfig
 from vllm_svd.quantization.config import SvdConfig
 from vllm_svd.quantization.latent_kv import LatentKVMethod
 from vllm_svd.quantization.linear import ShardedLinearMethod
@@ -155,3 +156,18 @@ def test_overrides_take_what_vllm_passes(ours, theirs, methods):
         given = list(inspect.signature(getattr(theirs, name)).parameters)
         taken = list(inspect.signature(getattr(ours, name)).parameters)
         assert taken == given, name
+
+
+@pytest.mark.parametrize(
+    ("fused", "parts"),
+    [("gate_up_proj", ["gate_proj", "up_proj"]), ("qkv_proj", ["q_proj", "k_proj", "v_proj"])],
+)
+def test_fused_layers_that_the_model_names_too_late_are_found(fused, parts):
+    """Qwen3-MoE adds gate_up_proj to its mapping after vLLM has copied it."""
+    modules = {f"model.layers.0.{name}": factors(8, HIDDEN, 2)[0] for name in parts}
+    quant_config = SvdConfig(SvdCheckpointConfig(method="svd", modules=modules))
+    quant_config.packed_modules_mapping = {}
+    layer = object.__new__(MergedColumnParallelLinear)
+    method = quant_config.get_quant_method(layer, f"model.layers.0.{fused}")
+    assert isinstance(method, ShardedLinearMethod)
+    assert method.modules == list(modules.values())

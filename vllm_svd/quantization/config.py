@@ -31,6 +31,11 @@ VERIFY_DEPTHS = ("contents", "headers", "none")
 EXPERTS = ".experts."
 
 
+# Fused layers of models that add them to their mapping only after vLLM has copied it, as Qwen3-MoE
+# does for the MLPs of its dense layers.
+_FUSED = {"gate_up_proj": ["gate_proj", "up_proj"], "qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+
+
 class SvdConfig(QuantizationConfig):
     """One instance per engine, made from config.json's `quantization_config`."""
 
@@ -97,7 +102,7 @@ class SvdConfig(QuantizationConfig):
         self._check_tensor_parallel()
         if isinstance(layer, LinearBase):
             parent, _, leaf = prefix.rpartition(".")
-            names = self.packed_modules_mapping.get(leaf, [leaf])
+            names = self.packed_modules_mapping.get(leaf, _FUSED.get(leaf, [leaf]))
             shards = [self.modules.get(f"{parent}.{name}") for name in names]
             if any(shards):
                 return ShardedLinearMethod(shards)
