@@ -72,7 +72,7 @@ class InputMoments:
         workers.largest(self.max_abs)
         if not all(torch.isfinite(total).all() for total in self.sums.values()):
             raise ActivationError(
-                f"the input of {path}, or its square, is NaN or infinite on the calibration text\n"
+                f"the input of {path} is NaN or infinite on the calibration text\n"
                 "Remedy: check the checkpoint, or run it in a wider dtype (set dtype in its "
                 "config.json to bfloat16 or float32)"
             )
