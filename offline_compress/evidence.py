@@ -75,16 +75,7 @@ def gather(
     gated = None
     if isinstance(allocator, Learned):
         gated = losses.gated(windows, matrices, allocator.beta)
-    return Evidence(
-        matrices,
-        spectra=measured.spectra,
-        influence=measured.influence,
-        loss=losses if "losses" in asks else None,
-        gated=gated,
-        windows=len(windows),
-        rank_multiple=recipe.weights.rank_multiple,
-        progress=progress,
-    )
+    return replace(evidence, loss=losses if "losses" in asks else None, gated=gated)
 
 
 @torch.no_grad()

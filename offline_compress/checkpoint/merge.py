@@ -6,15 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from offline_compress import merging
-from offline_compress.checkpoint.shards import Pending, write_shards
+from offline_compress.checkpoint.shards import Pending, stored_tensors, write_shards
 from offline_compress.factors import DeltaFactors, of_parts
 from offline_compress.merging import Combine, Reader
 from offline_compress.progress import Progress, silent
 from offline_compress.staging import ensure_vacant, staged
-from offline_compress.weights import Source, SourceError, open_base, open_source, shard_errors
+from offline_compress.weights import Source, SourceError, open_base, open_source
 from vllm_svd.errors import SvdError
 from vllm_svd.format import QUANT_METHOD, verify
 from vllm_svd.format.config import read_json
@@ -38,14 +37,13 @@ def merge(
     """
     ensure_vacant(out)
     dense = open_source(base)
-    readers = [_reader(model, dense) for model in models]
+    deltas = [merging.difference(dense.read, _reader(model, dense)) for model in models]
     combine = _combine(ties, keep, scale)
     combine([torch.ones(1)])  # a bad option is found before anything is read
 
     def joined(name: str) -> torch.Tensor:
-        exact = dense.read(name)
-        deltas = [merging.difference(dense.read, read)(name) for read in readers]
-        return (exact.double() + combine(deltas)).to(exact.dtype)
+        ((_, tensor),) = merging.merge([name], dense.read, deltas, combine)
+        return tensor
 
     tensors = {
         name: Pending(dense.dtype_of(name), shape, partial(joined, name))
@@ -90,13 +88,7 @@ def _of_deltas(directory: Path, base: Source) -> Reader:
         )
     if config.deltas:
         open_base(config, base.directory)
-    manifest = read_manifest(directory)
-
-    def stored(name: str) -> torch.Tensor:
-        path = directory / manifest.tensors[name].shard
-        with shard_errors(directory), safe_open(path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
+    stored = stored_tensors(directory, read_manifest(directory))
 
     def read(name: str) -> torch.Tensor:
         path = name.removesuffix(".weight")

@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
-from safetensors import safe_open
 
 from offline_compress import reference
 from offline_compress.checkpoint.measurements import MEASUREMENTS_FILE
-from offline_compress.checkpoint.shards import MAX_SHARD_BYTES, Pending, write_shards
+from offline_compress.checkpoint.shards import (
+    MAX_SHARD_BYTES,
+    Pending,
+    stored_tensors,
+    write_shards,
+)
 from offline_compress.factors import DeltaFactors, of_parts
 from offline_compress.progress import Progress, silent
 from offline_compress.staging import ensure_vacant, staged
-from offline_compress.weights import TORCH_DTYPES, DType, Source, open_base, shard_errors
+from offline_compress.weights import TORCH_DTYPES, DType, Source, open_base
 from vllm_svd.format import Manifest, SvdCheckpointConfig, verify
 from vllm_svd.format.config import read_json
 from vllm_svd.format.manifest import INDEX_FILE, MANIFEST_FILE, read_manifest
@@ -75,11 +79,7 @@ def restore(
 def _tensors(
     directory: Path, config: SvdCheckpointConfig, manifest: Manifest, base: Source | None
 ) -> dict[str, Pending]:
-    def read(name: str) -> torch.Tensor:
-        path = directory / manifest.tensors[name].shard
-        with shard_errors(directory), safe_open(path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
+    read = stored_tensors(directory, manifest)
 
     def multiplied(path: str, dtype: torch.dtype) -> torch.Tensor:
         module = config.modules[path]

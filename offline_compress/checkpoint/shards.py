@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from offline_compress.progress import Progress, silent
+from offline_compress.weights import shard_errors
 from vllm_svd.format import Manifest, ShardRecord, TensorRecord, sha256
 from vllm_svd.format.dtypes import DTYPE_BYTES
 from vllm_svd.format.manifest import INDEX_FILE, MANIFEST_FILE
@@ -71,6 +73,18 @@ def write_shards(
     }
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
     return manifest
+
+
+def stored_tensors(directory: Path, manifest: Manifest) -> Callable[[str], torch.Tensor]:
+    """Reads one tensor of a verified checkpoint; raises SourceError if its shard is damaged."""
+
+    def read(name: str) -> torch.Tensor:
+        path = directory / manifest.tensors[name].shard
+        with shard_errors(directory), safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+    return read
 
 
 def _grouped(tensors: Mapping[str, Pending], limit: int) -> list[list[str]]:
