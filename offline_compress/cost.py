@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import torch
 
-from offline_compress.allocation import CachePlan, CalibrationCost, MatrixPlan
+from offline_compress.allocation import LOSS_WINDOWS, CachePlan, CalibrationCost, MatrixPlan
 from offline_compress.calibration import GRADIENTS, SHIFTED, Needs, stages
 from offline_compress.methods import Layer, workspace_bytes
 from offline_compress.recipe import CompressionRecipe
@@ -20,6 +20,8 @@ _EIGH = 9
 # Of the speed of a matrix product, what an eigendecomposition reaches: half of its reduction to
 # tridiagonal form are matrix-vector products.
 _FACTOR_SHARE = 1 / 4
+# Passes that a step of fine-tuning takes: forward, once more layer by layer, and back.
+_TRAINED = 4
 
 
 def expected_cost(
@@ -32,9 +34,9 @@ def expected_cost(
     """Peak bytes and operations of `run`; a block is what one decoder layer holds.
 
     Memory is of fp32 weights and hidden states, as on a CPU; a GPU holds them in the model's dtype.
-    What an allocator measures is not counted.
     """
-    needs = recipe.weights.method.needs
+    method, allocator = recipe.weights.method, recipe.weights.allocator
+    needs = method.needs
     made = {path: matrix for path, matrix in matrices.items() if matrix.module}
     observed = source.family.input_sites(source.config)
     widths = {observed[path]: matrix.in_features for path, matrix in made.items()}
@@ -61,13 +63,27 @@ def expected_cost(
         streams = max(streams, (len(layers) + 1) * calibration)
     # A stage runs the dense and the compressed block.
     passes = 2 * max(stage_counts) if needs & SHIFTED else int(bool(needs - GRADIENTS))
-    if recipe.weights.method.reads_attention:
+    if method.reads_attention:
         passes += max(stage_counts)
+    measures = bool(made) and bool(allocator.asks)
+    passes += measures  # of the dense model, before anything is compressed
+    whole = allocator.windows_read(len(made)) * recipe.calibration.context
+    side = 0
+    if made and method.recovery:
+        drawn = 2 * method.recovery.steps * recipe.calibration.batch
+        whole += drawn * _TRAINED * recipe.calibration.context
+        # parameters of both sides, and of the larger one its gradient and two moments, in fp32
+        side = sum(
+            4 * 4 * plan.bytes(source.item_bytes) // source.item_bytes for plan in made.values()
+        )
     stored = sum(plan.bytes(source.item_bytes) for plan in made.values())
     bases = sum(plan.basis_parameters for plan in caches.values()) * source.item_bytes
     weights = [sum(map(math.prod, layer.shapes.values())) for layer in layers]
     factorised = sum(_operations(plan, widths[observed[path]]) for path, plan in made.items())
-    moments = sum(
+    if measures:  # spectra and menus, and every matrix at each share that it is tried at
+        tried = -(-allocator.windows_read(len(made)) // (LOSS_WINDOWS * len(made)))
+        factorised *= 2 + (tried if "losses" in allocator.asks else 0)
+    moments = (1 + measures) * sum(
         2 * calibration * _reached(source, site) * width**2 for site, width in widths.items()
     )
     return CalibrationCost(
@@ -77,6 +93,7 @@ def expected_cost(
             (workspace_bytes(plan.out_features, plan.in_features) for plan in made.values()),
             default=0,
         ),
+        model_bytes=4 * sum(map(math.prod, source.shapes.values())) + side if whole else 0,
         hidden_bytes=4 * streams * source.config.hidden_size,
         work_bytes=sum(gradients) + stored + bases,
         forward_operations=_forward_operations(
@@ -87,6 +104,7 @@ def expected_cost(
             gradients=bool(needs & GRADIENTS),
             errors=bool(made),
             projections=any(plan.projection for plan in caches.values()),
+            whole=whole,
         ),
         factor_operations=factorised + int(moments * squares),
     )
@@ -101,16 +119,18 @@ def _forward_operations(
     gradients: bool,
     errors: bool,
     projections: bool,
+    whole: int,
 ) -> int:
     """Two per weight and token: both streams advance, beside what each of the rest asks for.
 
-    Gradients take a pass forward, one more and one back to the inputs.
+    Gradients take a pass forward, one more and one back to the inputs. `whole` are tokens that the
+    whole model reads.
     """
     weights = sum(math.prod(s) * _reached(source, path) for path, s in source.linears().items())
     head = source.config.vocab_size * source.config.hidden_size
     passes = calibration * (statistics + 2 + projections + 3 * gradients)
-    passes += held_out * (errors + 2 + projections)
-    heads = 2 * held_out + 2 * calibration * gradients
+    passes += held_out * (errors + 2 + projections) + whole
+    heads = 2 * held_out + 2 * calibration * gradients + whole
     return int(2 * (passes * weights + heads * head))
 
 

@@ -13,6 +13,9 @@ from offline_compress.calibration import Network, Streams
 from offline_compress.progress import Progress
 from vllm_svd.errors import SvdError
 
+# Tokens whose logits are compared at a time: vocabularies are large.
+_SCORED = 256
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -68,19 +71,14 @@ def fidelity(network: Network, streams: Streams, windows: torch.Tensor) -> Fidel
     sums = torch.zeros(5, dtype=torch.float64, device=network.device)
     for rows in streams.held_out():
         ids = mine[rows.start - streams.calibration : rows.stop - streams.calibration, 1:]
-        dense, other = (
-            network.logits(stream.read(rows, network.device))[:, :-1].float().log_softmax(-1)
+        hidden = [
+            stream.read(rows, network.device)[:, :-1].flatten(0, 1)
             for stream in (streams.dense, streams.compressed)
-        )
-        sums += torch.stack(
-            [
-                -dense.gather(-1, ids[..., None]).double().sum(),
-                -other.gather(-1, ids[..., None]).double().sum(),
-                (dense.double().exp() * (dense.double() - other.double())).sum(),
-                (dense.argmax(-1) == other.argmax(-1)).double().sum(),
-                torch.tensor(float(ids.numel()), dtype=torch.float64, device=network.device),
-            ]
-        )
+        ]
+        for dense, other, next_ids in zip(
+            *(torch.split(flat, _SCORED) for flat in (*hidden, ids.flatten())), strict=True
+        ):
+            sums += _agreement(network.logits(dense), network.logits(other), next_ids[:, None])
     nll_dense, nll, kl, same, tokens = streams.workers.sum(sums).tolist()
     for mean in (nll_dense / tokens, nll / tokens):
         _check_finite(mean)
@@ -90,6 +88,21 @@ def fidelity(network: Network, streams: Streams, windows: torch.Tensor) -> Fidel
         kl=kl / tokens,
         top1=same / tokens,
         tokens=int(tokens),
+    )
+
+
+def _agreement(dense: torch.Tensor, other: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Sums over logits [tokens, vocabulary]: both losses, KL, same most likely token, tokens."""
+    dense, other = dense.double().log_softmax(-1), other.double().log_softmax(-1)
+    same = dense.argmax(-1) == other.argmax(-1)
+    return torch.stack(
+        [
+            -dense.gather(-1, ids).sum(),
+            -other.gather(-1, ids).sum(),
+            (dense.exp() * (dense - other)).sum(),
+            same.double().sum(),
+            torch.ones_like(same, dtype=torch.float64).sum(),
+        ]
     )
 
 

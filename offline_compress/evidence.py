@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from offline_compress import reference
-from offline_compress.allocation import Evidence, Learned, Matrix, Offer
+from offline_compress.allocation import LOSS_WINDOWS, Asks, Evidence, Learned, Matrix, Offer
 from offline_compress.calibration import (
     GRADIENTS,
     SHIFTED,
@@ -29,9 +29,6 @@ from offline_compress.progress import Progress
 from offline_compress.recipe import CompressionRecipe
 from offline_compress.workspace import Workspace
 from vllm_svd.format import LowRank, LowRankInt8
-
-# Calibration windows on which losses of whole models are measured.
-_LOSS_WINDOWS = 8
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,7 @@ def gather(
     allocator, method = recipe.weights.allocator, recipe.weights.method
     asks = allocator.asks
     keep = bool(asks & {"losses", "gates"})
-    spectra = bool(asks - {"influence"})
-    measured = _sweep(network, method, layers, streams, work, keep, spectra, progress)
+    measured = _sweep(network, method, layers, streams, work, asks, progress)
     streams.remove()
     evidence = Evidence(
         matrices,
@@ -71,7 +67,7 @@ def gather(
         return evidence
     assert isinstance(method, LowRankMethod)  # the plan has refused others
     model = reference.load(network.source.directory, network.device, network.dtype)
-    losses = _Losses(model, method, layers, network, work, windows[:_LOSS_WINDOWS])
+    losses = _Losses(model, method, layers, network, work, windows[:LOSS_WINDOWS])
     gated = None
     if isinstance(allocator, Learned):
         gated = losses.gated(windows, matrices, allocator.beta)
@@ -85,34 +81,33 @@ def _sweep(
     layers: list[Layer],
     streams: Streams,
     work: Workspace,
-    keep: bool,
-    spectra: bool,
+    asks: frozenset[Asks],
     progress: Progress,
 ) -> _Measured:
-    """One pass of the dense model; with `keep`, statistics of every layer stay in the work dir."""
+    """One pass of the dense model; statistics for losses and gates stay in the work directory."""
     source, measured = network.source, _Measured()
     observed = source.family.input_sites(source.config)
     needs: Needs = frozenset()
-    if spectra and isinstance(method, LowRankMethod):
+    if isinstance(method, LowRankMethod):
         needs = method.needs - SHIFTED - GRADIENTS
-    elif spectra and isinstance(method, OfferingMethod):
+    elif isinstance(method, OfferingMethod):
         needs = method.menu_needs - GRADIENTS
     for index, layer in enumerate(layers):
         block = network.block(index)
         widths = {observed[path]: shape[1] for path, shape in layer.shapes.items()}
-        if spectra:
+        if asks - {"influence"}:
             seen = collect(network, index, block, block, streams, widths, needs)
             gradients = load_gradients(work, index, network.device)
             for path in layer.shapes:
                 statistics = with_moments(seen[observed[path]], gradients.get(path, {}))
                 weight = finite_weight(block, path, f"{layer.path}.")
-                if isinstance(method, LowRankMethod):
+                if isinstance(method, LowRankMethod) and "spectra" in asks:
                     energy = method.spectrum(weight.detach(), statistics)
                     measured.spectra[path] = (energy * max(statistics.tokens, 1)).cpu()
-                elif isinstance(method, OfferingMethod):
+                elif isinstance(method, OfferingMethod) and "menus" in asks:
                     offers = method.menu(layer, path, weight.detach(), statistics)
                     measured.menus[path] = [Offer(*offer) for offer in offers]
-            if keep:
+            if asks & {"losses", "gates"}:
                 _save(work, index, seen)
         similarity = torch.zeros(2, dtype=torch.float64, device=network.device)
         for rows in streams.calibrating():

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from offline_compress.calibration.gradients import gradient_moments
 from offline_compress.checkpoint import Measurements, bytes_needed, write
 from offline_compress.evaluation import Fidelity, fidelity
 from offline_compress.kv import KVBases
+from offline_compress.methods import Recovery
 from offline_compress.planning import kept_of, layers_of, matrices_of, plan
 from offline_compress.preflight import (
     PreparedRun,
@@ -26,9 +28,11 @@ from offline_compress.preflight import (
 )
 from offline_compress.progress import Progress, silent
 from offline_compress.recipe import CompressionRecipe
+from offline_compress.recovery import recover
 from offline_compress.staging import staged
-from offline_compress.sweep import LayerResult, NumericalError, Sweep, open_streams
+from offline_compress.sweep import LayerResult, NumericalError, Sweep, open_streams, stored
 from offline_compress.workspace import Workspace, workspace
+from vllm_svd.format import Module
 
 __all__ = ["NumericalError", "compress", "compute_dtype", "load_tokenizer", "pick_device"]
 
@@ -50,19 +54,20 @@ def compress(
     with workspace(out, work_key(recipe, ready, workers), workers.first) as work:
         workers.wait()  # until the first of them holds the lock
         run = _Run(recipe, ready, work, workers, progress)
-        measured, results, ranks = run.compress()
+        measured, made = run.compress()
         if not workers.first:
             workers.wait()
             return None
-        needed = bytes_needed(ready.source, ranks)
+        needed = bytes_needed(ready.source, made.ranks)
         with staged(out, needed) as directory:
             write(
                 directory,
                 source=ready.source,
                 recipe=recipe,
-                plan=ranks,
-                factors={path: f for result in results for path, f in result.factors.items()},
-                bases=_bases(ready, results),
+                plan=made.ranks,
+                modules=made.ranks.compressed,
+                kv={path: bases.config for path, bases in made.bases.items()},
+                read=made.read,
                 measured=measured,
                 base=ready.base,
                 progress=progress,
@@ -93,6 +98,26 @@ def work_key(recipe: CompressionRecipe, ready: PreparedRun, workers: Workers) ->
 
 
 @dataclass(frozen=True)
+class _Made:
+    """The plan as it was made, and where its tensors are: factors stay in the work directory."""
+
+    ranks: RankPlan
+    bases: Mapping[str, KVBases]
+    work: Workspace
+    records: Mapping[str, str]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint that the source does not have."""
+        if name in self.records:
+            return self.work.read(self.records[name], name)
+        return next(
+            tensors[name]
+            for path, bases in self.bases.items()
+            if name in (tensors := bases.tensors(path))
+        )
+
+
+@dataclass(frozen=True)
 class _Run:
     recipe: CompressionRecipe
     ready: PreparedRun
@@ -100,7 +125,7 @@ class _Run:
     workers: Workers
     progress: Progress
 
-    def compress(self) -> tuple[Measurements, list[LayerResult], RankPlan]:
+    def compress(self) -> tuple[Measurements, _Made]:
         recipe, ready = self.recipe, self.ready
         source, corpus = ready.source, ready.corpus
         network = Network(source, ready.device, compute_dtype(ready.device, source.torch_dtype))
@@ -114,9 +139,44 @@ class _Run:
         sweep = Sweep(
             network, recipe.weights.method, ranks, layers_of(source), streams, self.work, ready.base
         )
-        results = list(sweep.run(self.progress))
-        scored = fidelity(network, streams, corpus.held_out_windows())
-        return self._measurements(scored, results), results, _as_made(ranks, results)
+        if recipe.weights.method.recovery and ranks.compressed:
+            sweep = self._recovered(sweep, recipe.weights.method.recovery)
+        modules: dict[str, Module] = {}
+        records: dict[str, str] = {}
+        results = []
+        for index, result in enumerate(sweep.run(self.progress)):
+            modules |= result.modules
+            for path, module in result.modules.items():
+                records |= dict.fromkeys(module.tensors(path), sweep.record(index))
+            results.append(replace(result, factors={}))
+        scored = fidelity(network, sweep.streams, corpus.held_out_windows())
+        made = _Made(_as_made(ranks, modules), _bases(ready, results), self.work, records)
+        return self._measurements(scored, results), made
+
+    def _recovered(self, sweep: Sweep, recovery: Recovery) -> Sweep:
+        """The sweep again, with fine-tuned factors; caches are projected behind those alone."""
+        network, source = sweep.network, self.ready.source
+        weights_alone = sweep.ranks.model_copy(update={"caches": {}})
+        made = list(replace(sweep, ranks=weights_alone).run(self.progress))
+        sweep.streams.remove()
+        tuned = recover(
+            network,
+            {path: factors for result in made for path, factors in result.factors.items()},
+            self.ready.corpus.calibration,
+            recovery,
+            batch=self.recipe.calibration.batch,
+            seed=self.recipe.calibration.seed,
+            workers=self.workers,
+            work=self.work,
+            progress=self.progress,
+        )
+        known = [
+            replace(
+                result, factors={path: stored(path, tuned[path], source) for path in result.factors}
+            )
+            for result in made
+        ]
+        return replace(sweep, streams=self._streams(network), known=known)
 
     def _streams(self, network: Network, held_out: bool = True) -> Streams:
         corpus, calibration = self.ready.corpus, self.recipe.calibration
@@ -181,8 +241,10 @@ class _Run:
             self.progress,
         )
         shares = allocator.shares(kept_of(self.recipe), found)
-        self.work.save("shares", {}, {path: str(share) for path, share in shares.items()})
-        return shares
+        said = json.dumps({path: str(share) for path, share in shares.items()})
+        said = json.loads(self.workers.text_of_first(said))
+        self.work.save("shares", {}, said)
+        return {path: Fraction(share) for path, share in said.items()}
 
     def _measurements(self, scored: Fidelity, results: list[LayerResult]) -> Measurements:
         corpus, calibration = self.ready.corpus, self.recipe.calibration
@@ -210,13 +272,10 @@ class _Run:
         )
 
 
-def _as_made(ranks: RankPlan, results: list[LayerResult]) -> RankPlan:
+def _as_made(ranks: RankPlan, made: Mapping[str, Module]) -> RankPlan:
     """The plan with what was made: a method may add corrections where it finds biases."""
-    made = {
-        path: factors.config() for result in results for path, factors in result.factors.items()
-    }
     matrices = {
-        path: plan.model_copy(update={"module": made[path]}) if path in made else plan
+        path: plan.model_copy(update={"module": made.get(path, plan.module)})
         for path, plan in ranks.matrices.items()
     }
     return ranks.model_copy(update={"matrices": matrices})

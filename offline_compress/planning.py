@@ -91,7 +91,7 @@ def plan(recipe: CompressionRecipe, source: Source, shares: Shares | None = None
         if allocator.asks:
             warnings.append(
                 f"the {allocator.name} allocator measures before it decides; the ranks shown are "
-                "those of uniform, and the time leaves the measuring out"
+                "those of uniform"
             )
             shares = dict.fromkeys(seen, kept_of(recipe))
         else:

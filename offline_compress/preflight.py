@@ -69,12 +69,12 @@ def prepare_run(
         missing = "calibration.text (--text): missing; give a UTF-8 text file"
         found.errors.append(RecipeError("the recipe", [missing]))
     source, ranks, device, corpus = _prepare(recipe, model, out, found)
+    base = found.attempt(lambda: _base(recipe, source))
     if source is None or ranks is None or device is None or corpus is None or found.errors:
         raise found.error()
     if source.stored is None:
         source = open_source(model)
         ranks = plan(recipe, source)
-    base = _base(recipe, source)
     digest = sha256(Path(str(recipe.calibration.text)))
     return PreparedRun(source, ranks, device, corpus, digest, base)
 
@@ -175,20 +175,28 @@ def _prepare(
     def output_fits(out: Path) -> None:
         ensure_vacant(out)
         if source is not None and ranks is not None:
-            ensure_room(out, bytes_needed(source, ranks))
+            # The work directory is beside the output.
+            ensure_room(out, bytes_needed(source, ranks) + _work_bytes(recipe, ranks))
 
     if out is not None:
         found.attempt(lambda: output_fits(out))
     return source, ranks, device, corpus
 
 
-def _base(recipe: CompressionRecipe, source: Source) -> Source | None:
-    """The base model, which must have the same matrices."""
+def _work_bytes(recipe: CompressionRecipe, ranks: RankPlan) -> int:
+    """What the work directory holds at its largest."""
+    cost = ranks.calibration
+    mapped = cost.hidden_bytes > recipe.calibration.host_memory_gib * (1 << 30)
+    return cost.work_bytes + cost.hidden_bytes * mapped
+
+
+def _base(recipe: CompressionRecipe, source: Source | None) -> Source | None:
+    """The base model, which must have the same matrices as the source, where that was found."""
     name = recipe.weights.method.base_model
     if name is None:
         return None
     base = open_source(name)
-    if base.linears() != source.linears():
+    if source is not None and base.linears() != source.linears():
         raise SourceError(
             f"weights.method.base: {name} has other matrices than {source.name}\n"
             "Remedy: give the model that this one was fine-tuned from"

@@ -97,7 +97,8 @@ def _memory(plan: RankPlan) -> Text:
         "expected of run, with fp32 weights as on a CPU:",
         f"  device: {cost.block_bytes:,} bytes of one block, dense and compressed, "
         f"{cost.gram_bytes:,} of its moments and {cost.workspace_bytes:,} of workspace, beside one "
-        "batch of activations",
+        "batch of activations"
+        + (f"; {cost.model_bytes:,} while the whole model is read" if cost.model_bytes else ""),
         f"  host: {cost.hidden_bytes:,} bytes of hidden states, in a mapped file above "
         "calibration.host_memory_gib",
         f"  work directory: {cost.work_bytes:,} bytes",

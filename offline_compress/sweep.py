@@ -1,6 +1,6 @@
 """The pass that compresses a model block by block, each on what the blocks before it give."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,7 +27,7 @@ from offline_compress.checkpoint.measurements import CacheError, MatrixError
 from offline_compress.evidence import load_gradients, with_moments
 from offline_compress.factors import DeltaFactors, Factors, of_parts
 from offline_compress.kv import KVBases
-from offline_compress.methods import Block, Compressed, Factorization, Layer, Method
+from offline_compress.methods import Block, Layer, Method
 from offline_compress.progress import Progress
 from offline_compress.weights import Source
 from offline_compress.workspace import Workspace
@@ -49,6 +49,11 @@ class LayerResult:
     bases: KVBases | None = None
     cache_error: CacheError | None = None
 
+    @property
+    def modules(self) -> dict[str, Module]:
+        """The artefacts by the paths of their weights."""
+        return {path: factors.config() for path, factors in self.factors.items()}
+
     def save(self, work: Workspace, name: str) -> None:
         """As a record of the work directory."""
         tensors: dict[str, torch.Tensor] = {}
@@ -57,7 +62,7 @@ class LayerResult:
         if self.bases:
             tensors |= self.bases.tensors("kv")
         facts = {
-            "modules": {path: f.config().model_dump() for path, f in self.factors.items()},
+            "modules": {path: config.model_dump() for path, config in self.modules.items()},
             "errors": {path: error.model_dump() for path, error in self.errors.items()},
             "projection": self.bases and self.bases.config.model_dump(),
             "cache_error": self.cache_error and self.cache_error.model_dump(),
@@ -92,7 +97,10 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Everything that is the same for every block."""
+    """Everything that is the same for every block.
+
+    With `known` results, one a block, their factors are installed in place of new ones.
+    """
 
     network: Network
     method: Method
@@ -101,23 +109,29 @@ class Sweep:
     streams: Streams
     work: Workspace
     base: Source | None = None
+    known: Sequence[LayerResult] | None = None
 
     def run(self, progress: Progress) -> Iterator[LayerResult]:
         """One result per block; the streams are then behind the last one."""
         progress("compress", 0, len(self.layers))
         for index in range(len(self.layers)):
             dense, compressed = self.network.block(index), self.network.block(index)
-            result = LayerResult.load(self.work, f"block-{index}")
+            name = self.record(index)
+            result = LayerResult.load(self.work, name)
             if result is None:
                 result = self._compress(index, dense, compressed)
-                result.save(self.work, f"block-{index}")
+                result.save(self.work, name)
             else:
                 self._install(index, compressed, self._on_base(result))
             self._advance(index, dense, compressed)
             progress("compress", index + 1, len(self.layers))
             # A device has room for a block, not for what became of all of them.
-            host = {path: factors.on_host() for path, factors in result.factors.items()}
+            host = {path: factors.map(torch.Tensor.cpu) for path, factors in result.factors.items()}
             yield replace(result, factors=host)
+
+    def record(self, index: int) -> str:
+        """The record of the work directory that holds the result of a block."""
+        return f"block-{index}" if self.known is None else f"tuned-{index}"
 
     @torch.no_grad()
     def _advance(self, index: int, dense: nn.Module, compressed: nn.Module) -> None:
@@ -150,55 +164,56 @@ class Sweep:
         return replace(result, factors=factors)
 
     def _compress(self, index: int, dense: nn.Module, compressed: nn.Module) -> LayerResult:
-        layer, source = self.layers[index], self.network.source
-        planned = self.ranks.compressed
-        wanted = {path: planned[path] for path in layer.shapes if path in planned}
-        found = self._factorize(index, dense, compressed, wanted)
-        factors = {
-            path: _stored(path, done.factors, source) for path, done in found.matrices.items()
-        }
+        made = self._made(index, dense, compressed)
         held_out: dict[str, float] = {}
-        if factors:
-            approximations = {path: factor.apply for path, factor in factors.items()}
-            if self.method.separable:
-                held_out = held_out_errors(self.network, index, dense, self.streams, approximations)
+        if made.factors and self.method.separable:
+            approximations = {path: factor.apply for path, factor in made.factors.items()}
+            held_out = held_out_errors(self.network, index, dense, self.streams, approximations)
         errors = {
-            path: MatrixError(
-                predicted=done.loss, held_out=held_out.get(path), damping=done.damping
-            )
-            for path, done in found.matrices.items()
+            path: error.model_copy(update={"held_out": held_out.get(path)})
+            for path, error in made.errors.items()
         }
-        bases, cache_error = self._project(index, compressed, found.bases)
-        return LayerResult(factors, errors, bases, cache_error)
+        bases, cache_error = self._project(index, compressed, made.bases)
+        return LayerResult(made.factors, errors, bases, cache_error)
 
-    def _factorize(
-        self, index: int, dense: nn.Module, compressed: nn.Module, wanted: Mapping[str, Module]
-    ) -> Compressed:
-        """Compress the matrices of `wanted` and install them in `compressed`.
+    def _made(self, index: int, dense: nn.Module, compressed: nn.Module) -> LayerResult:
+        """Factors of the block, installed in `compressed`; held-out errors are not measured yet.
 
         A method that reads the inputs of the compressed model sees each stage behind the ones
         before it; all others see the dense block once.
         """
-        if not wanted:
-            return Compressed()
+        if self.known is not None:
+            self._install(index, compressed, self.known[index])
+            return self.known[index]
         source, needs = self.network.source, self.method.needs
+        planned = self.ranks.compressed
         observed = source.family.input_sites(source.config)
+        wanted = {path: planned[path] for path in self.layers[index].shapes if path in planned}
+        sites = {observed[path]: None for path in wanted}
         gradients = (
             load_gradients(self.work, index, self.network.device) if needs & GRADIENTS else {}
         )
-        sites = {observed[path]: None for path in wanted}
-        matrices: dict[str, Factorization] = {}
+        factors: dict[str, Factors] = {}
+        errors: dict[str, MatrixError] = {}
         bases = None
-        for stage in stages(sites) if needs & SHIFTED else [list(sites)]:
+        for stage in stages(sites) if needs & SHIFTED else [list(sites)] if sites else []:
             part = {path: module for path, module in wanted.items() if observed[path] in stage}
             statistics = self._statistics(index, dense, compressed, part, gradients)
             done = self.method.compress(self._block(index, dense, statistics), part)
             del statistics  # before those of the next stage
-            stored = {path: _stored(path, m.factors, source) for path, m in done.matrices.items()}
-            self._install(index, compressed, LayerResult(stored))
-            matrices |= done.matrices
+            found = {path: self._stored(path, one.factors) for path, one in done.matrices.items()}
+            self._install(index, compressed, LayerResult(found))
+            factors |= found
+            errors |= {
+                path: MatrixError(predicted=one.loss, damping=one.damping)
+                for path, one in done.matrices.items()
+            }
             bases = done.bases or bases
-        return Compressed(matrices, bases)
+        return LayerResult(factors, errors, bases)
+
+    def _stored(self, path: str, exact: Factors) -> Factors:
+        """In the dtype of the checkpoint, and those of the first worker."""
+        return stored(path, exact, self.network.source).map(self.streams.workers.of_first)
 
     def _statistics(
         self,
@@ -260,7 +275,7 @@ class Sweep:
 
         states = self.streams.compressed
         bases = own or kv.project(observe(states, self.streams.calibrating()), projection)
-        bases = bases.to(source.torch_dtype)
+        bases = bases.to(source.torch_dtype).map(self.streams.workers.of_first)
         k_error, v_error = kv.kv_error(observe(states, self.streams.held_out()), bases)
         reference.install_kv(compressed, source.family, path, bases)
         return bases, CacheError(k_error=k_error, v_error=v_error)
@@ -295,7 +310,7 @@ def open_streams(
     return streams
 
 
-def _stored(path: str, exact: Factors, source: Source) -> Factors:
+def stored(path: str, exact: Factors, source: Source) -> Factors:
     """The factors in the dtype of the checkpoint."""
     factors = exact.to(source.torch_dtype)
     for name, tensor in factors.tensors(path).items():

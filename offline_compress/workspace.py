@@ -46,6 +46,12 @@ class Workspace:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
 
+    def read(self, name: str, key: str) -> torch.Tensor:
+        """One tensor of a record that is there."""
+        with safe_open(self._path(name), framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+            return tensor
+
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"
 
@@ -59,8 +65,9 @@ def work_root(out: Path) -> Path:
 def workspace(out: Path, key: str, first: bool = True) -> Iterator[Workspace]:
     """The work directory of the run `key`: kept when the run is killed, removed when it ends.
 
-    A run that fails of itself leaves nothing. Raises OutputError if another process works in it,
-    or if it cannot be written.
+    A run that fails of itself leaves nothing, but for one that could not write `out` in the end:
+    its layers are finished, and the same command writes them. Raises OutputError if another process
+    works in it, or if it cannot be written.
     """
     directory = work_root(out) / key
     try:
@@ -80,6 +87,10 @@ def workspace(out: Path, key: str, first: bool = True) -> Iterator[Workspace]:
             ) from None
         try:
             yield Workspace(directory)
+        except OutputError as error:
+            raise OutputError(
+                f"{error}\nThe finished layers wait in {directory.parent} for the same command"
+            ) from None
         except Exception as error:
             _remove(directory)
             if isinstance(error, OSError | SafetensorError):

@@ -8,6 +8,7 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from offline_compress.allocation.allocator import (
+    LOSS_WINDOWS,
     Allocator,
     Asks,
     Evidence,
@@ -42,6 +43,7 @@ ALLOCATORS: dict[str, type[Allocator]] = {
 
 __all__ = [
     "ALLOCATORS",
+    "LOSS_WINDOWS",
     "Allocator",
     "AllocatorConfig",
     "Asks",

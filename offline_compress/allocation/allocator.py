@@ -16,6 +16,9 @@ Shares = dict[str, Fraction]
 # What must be measured before an allocator can decide.
 Asks = Literal["spectra", "influence", "losses", "gates", "menus"]
 
+# Calibration windows on which the loss of a whole model is measured.
+LOSS_WINDOWS = 8
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -97,6 +100,10 @@ class Allocator(BaseModel, ABC):
     name: str = ""
 
     paper: ClassVar[str]
+
+    def windows_read(self, matrices: int) -> int:  # noqa: ARG002
+        """Windows that it runs through the whole model, at most; a gradient counts as three."""
+        return 0
 
     @property
     @abstractmethod

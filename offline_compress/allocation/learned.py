@@ -47,6 +47,9 @@ class Learned(Allocator):
     def asks(self) -> frozenset[Asks]:
         return frozenset({"gates"})
 
+    def windows_read(self, matrices: int) -> int:  # noqa: ARG002
+        return 3 * self.steps
+
     def shares(self, kept: Fraction, evidence: Evidence) -> Shares:
         """Whole ranks; raises SvdError that names a window whose loss is not finite.
 

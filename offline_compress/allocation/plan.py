@@ -60,14 +60,16 @@ class CalibrationCost(_Frozen):
     """What compressing takes, in bytes at its peak and in operations.
 
     On the device: `block_bytes` (a decoder block, dense and compressed), `gram_bytes` (its moments
-    in fp64) and `workspace_bytes` (the largest factorisation). On the host, in memory or in a
-    mapped file: `hidden_bytes`. In the work directory: `work_bytes`. Operations of model passes,
-    in the compute dtype, and of factorisations, in fp64.
+    in fp64) and `workspace_bytes` (the largest factorisation); before or after them, where an
+    allocator measures losses or factors are fine-tuned, `model_bytes` (the whole model, with what
+    is trained). On the host, in memory or in a mapped file: `hidden_bytes`. In the work directory:
+    `work_bytes`. Operations of model passes, in the compute dtype, and of factorisations, in fp64.
     """
 
     block_bytes: int
     gram_bytes: int
     workspace_bytes: int
+    model_bytes: int = 0
     hidden_bytes: int
     work_bytes: int
     forward_operations: int

@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from offline_compress.allocation.allocator import Asks, Evidence
+from offline_compress.allocation.allocator import LOSS_WINDOWS, Asks, Evidence
 from offline_compress.allocation.budget import Budget, BudgetedAllocator, Parameters
 
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -41,6 +41,9 @@ class Strs(BudgetedAllocator):
     @property
     def asks(self) -> frozenset[Asks]:
         return frozenset({"losses"})
+
+    def windows_read(self, matrices: int) -> int:
+        return LOSS_WINDOWS * min(self.max_evaluations, 1 + matrices * len(self.grid))
 
     def held(self, kept: Fraction, budget: Budget, evidence: Evidence) -> Parameters:
         increases = self._increases(kept, budget, evidence)

@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from offline_compress.allocation.allocator import Asks, Evidence, Shares
+from offline_compress.allocation.allocator import LOSS_WINDOWS, Asks, Evidence, Shares
 from offline_compress.allocation.budget import Budget, BudgetedAllocator, Parameters
 from offline_compress.allocation.greedy import fill
 
@@ -43,6 +43,9 @@ class WaterFilling(BudgetedAllocator):
     @property
     def asks(self) -> frozenset[Asks]:
         return frozenset({"spectra", "losses"}) if self.measure else frozenset({"spectra"})
+
+    def windows_read(self, matrices: int) -> int:
+        return LOSS_WINDOWS * (1 + matrices) if self.measure else 0
 
     def held(self, kept: Fraction, budget: Budget, evidence: Evidence) -> Parameters:
         floors = budget.within(dict.fromkeys(budget.sizes, Fraction(str(self.floor)) * kept))

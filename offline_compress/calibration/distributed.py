@@ -20,7 +20,8 @@ class Workers:
     """This process among `size` of them; alone unless torch.distributed is initialised.
 
     Every worker reads its share of the samples and sums moments; after `sum` all of them hold the
-    same totals bit for bit, so each makes the same factors, and the first one writes them.
+    same totals bit for bit. Each makes factors of them, and takes those of the first: what a GPU
+    makes of the same totals may differ in the last bits.
     """
 
     rank: int = 0
@@ -52,6 +53,23 @@ class Workers:
         if self.size > 1:
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return value
+
+    def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor of the first worker, of the same shape and dtype everywhere."""
+        if self.size == 1:
+            return tensor
+        held = tensor.detach().clone(memory_format=torch.contiguous_format)
+        dist.broadcast(held.flatten().view(torch.uint8), 0)  # gloo has no transport of bf16
+        return held
+
+    def text_of_first(self, text: str) -> str:
+        """The text of the first worker."""
+        if self.size == 1:
+            return text
+        said = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        length = int(self.of_first(torch.tensor([len(said)])))
+        held = said if self.first else torch.empty(length, dtype=torch.uint8)
+        return bytes(self.of_first(held).tolist()).decode()
 
     def wait(self) -> None:
         """Until every worker is here."""

@@ -67,7 +67,7 @@ class GatedModel:
                 patches.callback(hook.remove)
             if self.checkpointing and learned:
                 for path in layer_paths(self.model.config):
-                    patches.enter_context(_recomputed(self.model.get_submodule(path)))
+                    patches.enter_context(recomputed(self.model.get_submodule(path)))
             loss = self._loss(window)
             slopes = _slopes(loss, learned)
         found = loss.detach()
@@ -134,7 +134,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recomputed(layer: Any) -> Iterator[None]:
+def recomputed(layer: Any) -> Iterator[None]:
     """The layer forgets its activations and computes them again for the gradient."""
     layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:

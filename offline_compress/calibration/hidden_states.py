@@ -1,5 +1,6 @@
 """Hidden states of the calibration set between two blocks, in memory or in a mapped file."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ class HiddenStates:
         self.path: Path | None = None
         if elements * dtype.itemsize > limit:
             self.path = directory / f"{name}.hidden"
+            with self.path.open("wb") as file:  # a full disk now is an error, a write later SIGBUS
+                os.posix_fallocate(file.fileno(), 0, elements * dtype.itemsize)
             flat = torch.from_file(str(self.path), shared=True, size=elements, dtype=dtype)
         else:
             flat = torch.empty(elements, dtype=dtype)

@@ -12,12 +12,13 @@ class _Frozen(BaseModel):
 class MatrixError(_Frozen):
     """Relative errors, fractions of a squared norm.
 
-    `predicted` is the dropped tail in the metric of the method; `held_out` the output error of
-    what is stored, on text it was not computed from; None where only whole modules compare.
+    `predicted` is the dropped tail in the metric of the method, before any fine-tuning; `held_out`
+    the output error of what is stored, on text it was not computed from; None where only whole
+    modules compare.
     """
 
     predicted: float
-    held_out: float | None
+    held_out: float | None = None
     damping: float
 
 

@@ -1,7 +1,7 @@
 """Several fine-tuned models, dense or stored as deltas, added up on their base."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -71,12 +71,18 @@ def _reader(model: str, base: Source) -> Reader:
         if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
             return _of_deltas(directory, base)
     source = open_source(model)
-    if source.shapes != base.shapes:
+    _check_tensors(model, source.shapes, base)
+    return source.read
+
+
+def _check_tensors(model: str, shapes: Mapping[str, Sequence[int]], base: Source) -> None:
+    if {name: tuple(shape) for name, shape in shapes.items()} != {
+        name: tuple(shape) for name, shape in base.shapes.items()
+    }:
         raise SourceError(
             f"{model} has other tensors than the base {base.name}\n"
             "Remedy: merge models that were fine-tuned from this base, with its vocabulary"
         )
-    return source.read
 
 
 def _of_deltas(directory: Path, base: Source) -> Reader:
@@ -86,9 +92,18 @@ def _of_deltas(directory: Path, base: Source) -> Reader:
             f"{directory} is compressed by {config.method}; accepted are dense models and deltas\n"
             "Remedy: make a dense model of it with offline-compress restore"
         )
+    manifest = read_manifest(directory)
+    packed = config.tensors()
+    shapes = {
+        name: record.shape for name, record in manifest.tensors.items() if name not in packed
+    } | {
+        f"{path}.weight": (module.out_features, module.in_features)
+        for path, module in config.modules.items()
+    }
+    _check_tensors(str(directory), shapes, base)
     if config.deltas:
         open_base(config, base.directory)
-    stored = stored_tensors(directory, read_manifest(directory))
+    stored = stored_tensors(directory, manifest)
 
     def read(name: str) -> torch.Tensor:
         path = name.removesuffix(".weight")

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,16 +14,13 @@ from offline_compress.checkpoint.card import card
 from offline_compress.checkpoint.measurements import MEASUREMENTS_FILE, Measurements
 from offline_compress.checkpoint.shards import (
     MAX_SHARD_BYTES,
-    STORED_AS,
     Pending,
     write_shards,
 )
-from offline_compress.factors import Factors
-from offline_compress.kv.projection import KVBases
 from offline_compress.progress import Progress, silent
 from offline_compress.recipe import CompressionRecipe
 from offline_compress.weights import Source, reference_to
-from vllm_svd.format import SvdCheckpointConfig, verify
+from vllm_svd.format import KVProjection, Module, SvdCheckpointConfig, verify
 
 _HEADROOM = 1 << 20  # config, index, manifest, plan and card
 
@@ -40,26 +37,28 @@ def write(
     source: Source,
     recipe: CompressionRecipe,
     plan: RankPlan,
-    factors: Mapping[str, Factors],
-    bases: Mapping[str, KVBases],
+    modules: Mapping[str, Module],
+    kv: Mapping[str, KVProjection],
+    read: Callable[[str], torch.Tensor],
     measured: Measurements,
     base: Source | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = silent,
 ) -> None:
-    """Write into a staged directory and verify; factors and bases come in the dtype to store.
+    """Write into a staged directory and verify.
 
-    Tensors that are not compressed are copied from the source bit for bit; no path of this machine
+    `read` gives the tensors of `modules` and `kv` by their names, in the dtype to store, when their
+    shard's turn comes. All others are copied from the source bit for bit; no path of this machine
     is written. Raises CheckpointFormatError if what was written does not verify.
     """
     recipe = recipe.without_directories()
     config = SvdCheckpointConfig(
-        method=recipe.weights.method.name if factors else "dense",
-        modules={path: factor.config() for path, factor in factors.items()},
-        kv={path: basis.config for path, basis in bases.items()},
-        base=reference_to(base, factors) if base is not None and factors else None,
+        method=recipe.weights.method.name if modules else "dense",
+        modules=dict(modules),
+        kv=dict(kv),
+        base=reference_to(base, modules) if base is not None and modules else None,
     )
-    write_shards(directory, _tensors(source, factors, bases), max_shard_bytes, progress)
+    write_shards(directory, _tensors(source, config, read), max_shard_bytes, progress)
     _write_config(source.directory / "config.json", directory / "config.json", config)
     for companion in source.companions():
         shutil.copyfile(companion, directory / companion.name)
@@ -71,25 +70,21 @@ def write(
 
 
 def _tensors(
-    source: Source, factors: Mapping[str, Factors], bases: Mapping[str, KVBases]
+    source: Source, config: SvdCheckpointConfig, read: Callable[[str], torch.Tensor]
 ) -> dict[str, Pending]:
     """Every tensor to store, in the order of the model, factors in the place of their weight."""
+    made: dict[str, Pending] = {}
+    for name, stored in config.tensors().items():
+        made[name] = Pending(stored.dtype or source.dtype, stored.shape, partial(read, name))
     pending: dict[str, Pending] = {}
     for name, shape in source.shapes.items():
-        factor = factors.get(name.removesuffix(".weight"))
-        if factor is None or not name.endswith(".weight"):
+        path = name.removesuffix(".weight")
+        module = config.modules.get(path) if name.endswith(".weight") else None
+        if module is None:
             pending[name] = Pending(source.dtype_of(name), shape, partial(source.read, name))
-            continue
-        for part, tensor in factor.tensors(name.removesuffix(".weight")).items():
-            pending[part] = _held(tensor)
-    for path, basis in bases.items():
-        for name, tensor in basis.tensors(path).items():
-            pending[name] = _held(tensor)
-    return pending
-
-
-def _held(tensor: torch.Tensor) -> Pending:
-    return Pending(STORED_AS[tensor.dtype], tuple(tensor.shape), lambda: tensor)
+        else:
+            pending |= {part: made[part] for part in module.tensors(path)}
+    return pending | made  # and the bases
 
 
 def _write_config(dense: Path, path: Path, config: SvdCheckpointConfig) -> None:

@@ -1,7 +1,7 @@
 """What a method makes of one weight: a compressed matrix in one of the artefacts of the format."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -53,10 +53,10 @@ class Factors(ABC):
         correction = None if self.correction is None else self.correction.to(dtype)
         return self.rebuilt(parts, correction)
 
-    def on_host(self) -> Self:
-        """The same artefact in the memory of the CPU."""
-        parts = {name: part.cpu() for name, part in self.parts().items()}
-        return self.rebuilt(parts, None if self.correction is None else self.correction.cpu())
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """With every stored tensor changed, not in shape or dtype."""
+        parts = {name: change(part) for name, part in self.parts().items()}
+        return self.rebuilt(parts, None if self.correction is None else change(self.correction))
 
     def rebuilt(self, parts: Mapping[str, torch.Tensor], correction: torch.Tensor | None) -> Self:
         """The same artefact of other parts."""

@@ -1,5 +1,6 @@
 """K/V channel projections of one attention layer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -25,7 +26,11 @@ class KVBases:
 
     def to(self, dtype: torch.dtype) -> "KVBases":
         """The bases as they will be stored."""
-        return KVBases(self.config, *(tensor.to(dtype) for tensor in self._bases().values()))
+        return self.map(lambda basis: basis.to(dtype))
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "KVBases":
+        """With every basis changed, not in shape."""
+        return KVBases(self.config, *map(change, self._bases().values()))
 
     def tensors(self, path: str) -> dict[str, torch.Tensor]:
         """Checkpoint tensors of the attention layer at `path`."""

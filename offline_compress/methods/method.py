@@ -4,10 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from offline_compress.calibration.statistics import LayerStatistics, Needs
 from offline_compress.factors import Factors, LowRankFactors
@@ -40,6 +40,15 @@ class Compressed:
     bases: KVBases | None = None
 
 
+class Recovery(BaseModel):
+    """`steps` of Adam over every B, then as many over every A; `lr` falls linearly to zero."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: PositiveInt
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
+
+
 class Method(BaseModel, ABC):
     """A member of the recipe's union: pydantic, frozen, told apart by `name`."""
 
@@ -65,6 +74,11 @@ class Method(BaseModel, ABC):
     @property
     def base_model(self) -> str | None:
         """The model, a directory or a hub id, that a delta is taken against."""
+        return None
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """How the factors are fine-tuned once all layers are compressed, if they are."""
         return None
 
     @abstractmethod

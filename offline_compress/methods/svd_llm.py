@@ -5,7 +5,9 @@ For m <= n, U are the eigenvectors of W C W^T [m, m], the inverse-free form of S
 2604.01609); for m > n, S = L of Cholesky and L^T W^T W L [n, n]. Both take A = U_r^T W.
 
 The layer-wise update of the paper's first versions then holds A and fits B to the inputs x' that
-the compressed layers before leave: min E||(W - B A) x'||^2, B = W C' A^T (A C' A^T)^-1.
+the compressed layers before leave: min E||(W - B A) x'||^2, B = W C' A^T (A C' A^T)^-1. The
+published version fine-tunes the factors of the whole model instead, every B and then every A: see
+offline_compress/recovery.py.
 """
 
 from dataclasses import replace
@@ -23,17 +25,25 @@ from offline_compress.linalg import (
     regressed,
     spectrum_of,
 )
-from offline_compress.methods.method import Factorization, LowRankMethod, projected
+from offline_compress.methods.method import Factorization, LowRankMethod, Recovery, projected
 
 
 class SvdLlm(LowRankMethod):
-    """Optimal at its rank for the calibration inputs: dropping sigma_i costs sigma_i^2."""
+    """Optimal at its rank for the calibration inputs: dropping sigma_i costs sigma_i^2.
+
+    With `recover` the factors are then fine-tuned on the calibration text, the whole model at once.
+    """
 
     paper: ClassVar[str] = "Wang et al., ICLR 2025, arXiv 2403.07378"
     when: ClassVar[str] = "low rank without gradients: the best per-matrix truncation"
 
     name: Literal["svd_llm"] = "svd_llm"
     update: bool = False
+    recover: Recovery | None = None
+
+    @property
+    def recovery(self) -> Recovery | None:
+        return self.recover
 
     @property
     def needs(self) -> Needs:

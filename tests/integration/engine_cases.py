@@ -84,8 +84,18 @@ def full_rank_weights(model: Path, out: Path) -> Path:
     )
     ranks = plan(recipe, source)
     out.mkdir()
+    tensors = {
+        name: part for path, found in factors.items() for name, part in found.tensors(path).items()
+    }
     write(
-        out, source=source, recipe=recipe, plan=ranks, factors=factors, bases={}, measured=measured
+        out,
+        source=source,
+        recipe=recipe,
+        plan=ranks,
+        modules={path: found.config() for path, found in factors.items()},
+        kv={},
+        read=tensors.__getitem__,
+        measured=measured,
     )
     return out
 
