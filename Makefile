@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml
 	    echo "remedy: make setup PYTHON=/path/to/python3.11"; exit 1; } >&2
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install -e '.[cpu,bench,dev]'
+	$(BIN)/python -m pip install -e '.[cpu,bench,tasks,dev]'
 	$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	@touch $@
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from offline_compress.allocation import ALLOCATORS, Asks
-from offline_compress.calibration import GRADIENTS, SHIFTED
-from offline_compress.methods import METHODS, Method
+from offline_compress.calibration import GRADIENTS, SHIFTED, Needs
+from offline_compress.methods import METHODS, Method, OfferingMethod
 from offline_compress.planning import accepts
 
 _REQUIRED = {"impart": {"base": "BASE"}}  # an option without a default, for the sake of the table
@@ -57,15 +57,22 @@ def markdown() -> str:
 
 def _row(method: Method) -> str:
     return (
-        f"| `{method.name}` | {method.paper} | {', '.join(sorted(method.needs)) or 'none'} | "
+        f"| `{method.name}` | {method.paper} | {', '.join(sorted(_needs(method))) or 'none'} | "
         f"{_passes(method)} | {method.artefact} | {method.when} |"
     )
+
+
+def _needs(method: Method) -> Needs:
+    """Of the method, and of what it tells its allocator."""
+    return method.needs | (method.menu_needs if isinstance(method, OfferingMethod) else frozenset())
 
 
 def _passes(method: Method) -> str:
     passes = "none" if not method.needs else "one forward"
     if method.needs & SHIFTED:
         passes = "one forward of each model per stage of a block (4)"
+    if isinstance(method, OfferingMethod):
+        passes += ", one before it"
     if method.needs & GRADIENTS:
         passes += ", one backward"
     return passes

@@ -2,14 +2,15 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 
 from offline_compress.allocation import LOSS_WINDOWS, CachePlan, CalibrationCost, MatrixPlan
 from offline_compress.calibration import GRADIENTS, SHIFTED, Needs, stages
-from offline_compress.methods import Layer, workspace_bytes
+from offline_compress.methods import Layer, Method, OfferingMethod, workspace_bytes
 from offline_compress.recipe import CompressionRecipe
 from offline_compress.weights import Source
 
@@ -20,8 +21,9 @@ _EIGH = 9
 # Of the speed of a matrix product, what an eigendecomposition reaches: half of its reduction to
 # tridiagonal form are matrix-vector products.
 _FACTOR_SHARE = 1 / 4
-# Passes that a step of fine-tuning takes: forward, once more layer by layer, and back.
-_TRAINED = 4
+# Passes that a step of fine-tuning takes: forward, once more layer by layer, and back to the inputs
+# and to one side of the factors.
+_STEP = 4
 
 
 def expected_cost(
@@ -65,25 +67,28 @@ def expected_cost(
     passes = 2 * max(stage_counts) if needs & SHIFTED else int(bool(needs - GRADIENTS))
     if method.reads_attention:
         passes += max(stage_counts)
-    measures = bool(made) and bool(allocator.asks)
-    passes += measures  # of the dense model, before anything is compressed
+    asks = allocator.asks if made else frozenset()
+    seen = _seen_by_allocator(method) if asks - {"influence"} else frozenset()
+    passes += bool(asks) + bool(seen)  # of the dense model, before anything is compressed
     whole = allocator.windows_read(len(made)) * recipe.calibration.context
-    side = 0
-    if made and method.recovery:
+    trained = _Trained() if method.recovery is None else _trained(made.values())
+    if trained.left and method.recovery:
         drawn = 2 * method.recovery.steps * recipe.calibration.batch
-        whole += drawn * _TRAINED * recipe.calibration.context
-        # parameters of both sides, and of the larger one its gradient and two moments, in fp32
-        side = sum(
-            4 * 4 * plan.bytes(source.item_bytes) // source.item_bytes for plan in made.values()
-        )
+        whole += _STEP * drawn * recipe.calibration.context
     stored = sum(plan.bytes(source.item_bytes) for plan in made.values())
     bases = sum(plan.basis_parameters for plan in caches.values()) * source.item_bytes
     weights = [sum(map(math.prod, layer.shapes.values())) for layer in layers]
     factorised = sum(_operations(plan, widths[observed[path]]) for path, plan in made.items())
-    if measures:  # spectra and menus, and every matrix at each share that it is tried at
+    if seen:  # spectra and menus, and every matrix at each share that it is tried at
         tried = -(-allocator.windows_read(len(made)) // (LOSS_WINDOWS * len(made)))
-        factorised *= 2 + (tried if "losses" in allocator.asks else 0)
-    moments = (1 + measures) * sum(
+        factorised *= 1 + bool(asks & {"spectra", "menus"}) + ("losses" in asks) * tried
+    kept = 0
+    if asks & {"losses", "gates"}:
+        kept = sum(
+            len(seen & _SQUARE) * 8 * width**2 + len(seen - _SQUARE) * 8 * width
+            for width in widths.values()
+        )
+    moments = (1 + bool(seen)) * sum(
         2 * calibration * _reached(source, site) * width**2 for site, width in widths.items()
     )
     return CalibrationCost(
@@ -93,20 +98,60 @@ def expected_cost(
             (workspace_bytes(plan.out_features, plan.in_features) for plan in made.values()),
             default=0,
         ),
-        model_bytes=4 * sum(map(math.prod, source.shapes.values())) + side if whole else 0,
+        model_bytes=4 * sum(map(math.prod, source.shapes.values())) + trained.bytes if whole else 0,
         hidden_bytes=4 * streams * source.config.hidden_size,
-        work_bytes=sum(gradients) + stored + bases,
+        work_bytes=sum(gradients)
+        + kept
+        + (trained.records(stored, bases) if trained.left else stored + bases),
         forward_operations=_forward_operations(
             source,
             calibration,
             held_out,
+            held_out - recipe.evaluation.samples,  # nothing comes after a window
             statistics=passes,
             gradients=bool(needs & GRADIENTS),
             errors=bool(made),
             projections=any(plan.projection for plan in caches.values()),
+            sweeps=2 if trained.left else 1,
             whole=whole,
         ),
         factor_operations=factorised + int(moments * squares),
+    )
+
+
+def _seen_by_allocator(method: Method) -> Needs:
+    """The moments that are taken before an allocator decides, gradients aside."""
+    needs = method.menu_needs if isinstance(method, OfferingMethod) else method.needs - SHIFTED
+    return needs - GRADIENTS
+
+
+class _Trained(NamedTuple):
+    """Parameters of all B and of all A that are fine-tuned."""
+
+    left: int = 0
+    right: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """On the device in fp32: both sides, and of one its gradient and its two moments."""
+        return 4 * (self.left + self.right + 3 * max(self))
+
+    def records(self, stored: int, bases: int) -> int:
+        """In the work directory: both sides and the moments of one, beside the factors.
+
+        Those of A are there until the end, when every factor lies there as it was and as it is.
+        """
+        both = self.left + self.right
+        return max(
+            stored + 4 * (both + 2 * self.left), 2 * stored + bases + 4 * (both + 2 * self.right)
+        )
+
+
+def _trained(made: Iterable[MatrixPlan]) -> _Trained:
+    ranks = [(plan.rank or 0, plan) for plan in made]
+    return _Trained(
+        sum(rank * plan.out_features for rank, plan in ranks),
+        sum(rank * plan.in_features for rank, plan in ranks),
     )
 
 
@@ -114,23 +159,25 @@ def _forward_operations(
     source: Source,
     calibration: int,
     held_out: int,
+    scored: int,
     *,
     statistics: int,
     gradients: bool,
     errors: bool,
     projections: bool,
+    sweeps: int,
     whole: int,
 ) -> int:
     """Two per weight and token: both streams advance, beside what each of the rest asks for.
 
-    Gradients take a pass forward, one more and one back to the inputs. `whole` are tokens that the
-    whole model reads.
+    Gradients take a pass forward, one more and one back to the inputs. A second of the `sweeps` is
+    that behind fine-tuning. `whole` are tokens that the whole model reads.
     """
     weights = sum(math.prod(s) * _reached(source, path) for path, s in source.linears().items())
     head = source.config.vocab_size * source.config.hidden_size
-    passes = calibration * (statistics + 2 + projections + 3 * gradients)
-    passes += held_out * (errors + 2 + projections) + whole
-    heads = 2 * held_out + 2 * calibration * gradients + whole
+    passes = calibration * (statistics + 2 * sweeps + projections + 3 * gradients)
+    passes += held_out * (sweeps * (errors + 2) + projections) + whole
+    heads = 2 * scored + 2 * calibration * gradients + whole
     return int(2 * (passes * weights + heads * head))
 
 

@@ -195,7 +195,11 @@ def _base(recipe: CompressionRecipe, source: Source | None) -> Source | None:
     name = recipe.weights.method.base_model
     if name is None:
         return None
-    base = open_source(name)
+    try:
+        base = open_source(name)
+    except SourceError as error:
+        where = str(error).removeprefix("MODEL ")
+        raise SourceError(f"weights.method.base {where}") from None
     if source is not None and base.linears() != source.linears():
         raise SourceError(
             f"weights.method.base: {name} has other matrices than {source.name}\n"

@@ -16,6 +16,7 @@ from benchmarks.offline.plots import plot
 from benchmarks.offline.points import Point, cache_recipe, measure, recipe_of
 from benchmarks.offline.reference_model import train
 from benchmarks.offline.results import Archive, Quality, write
+from benchmarks.offline.tasks import Tasks
 from offline_compress import preflight, reference
 from offline_compress.calibration import split
 from offline_compress.evaluation import default_bos, tokenize_file
@@ -47,12 +48,20 @@ def quality(
     context: Annotated[int, typer.Option(min=2)] = 512,
     batch: Annotated[int, typer.Option(min=1)] = 8,
     windows: Annotated[int | None, typer.Option(min=1, help="scored of each text")] = None,
+    base: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="fine-tuned from; for impart")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="of lm-eval, where installed")] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="YAML files of own tasks")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="documents of each")] = None,
 ) -> None:
     """Compress MODEL in every way asked for and compare each with the dense model on every --text.
 
-    --text, --method, --kept, --kv-mode and --kv-kept may be repeated. With --kv-mode and no
+    --text, --method, --kept, --kv-mode, --kv-kept and --task may be repeated. With --kv-mode and no
     --method only the cache is compressed. Points already in --out that were measured with the same
-    recipe, model and texts are not measured again.
+    recipe, model, texts and tasks are not measured again.
     """
     try:
         _quality(
@@ -68,6 +77,8 @@ def quality(
             context,
             batch,
             windows,
+            base,
+            Tasks(task or [], task_path, task_limit),
         )
     except SvdError as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False)
@@ -87,10 +98,12 @@ def _quality(
     context: int,
     batch: int,
     windows: int | None,
+    base: Path | None,
+    tasks: Tasks,
 ) -> None:
     how = {"text": str(calibration), "samples": samples, "context": context}
     caches_only = method is None and bool(kv_mode)
-    wanted = [] if caches_only else list(variants.chosen(method).items())
+    wanted = [] if caches_only else list(variants.chosen(method, base).items())
     recipes = [
         (name, share, recipe_of(weights, share, **how))
         for share in kept
@@ -103,10 +116,7 @@ def _quality(
     ]
     for _, _, recipe in recipes:  # before anything is loaded
         parse(recipe, "the command line")
-    if len({path.name for path in text}) < len(text):
-        raise SvdError(
-            f"--text {', '.join(map(str, text))}: names must differ\nRemedy: rename one of them"
-        )
+    names = _names(text)
     source = open_source(str(model))
     tokenizer = preflight.load_tokenizer(source.directory)
     corpus = split(
@@ -119,19 +129,32 @@ def _quality(
     )
     device = preflight.pick_device("auto")
     dense = reference.load(model, device, preflight.compute_dtype(device, source.torch_dtype))
-    texts = [Scored(path, tokenizer, context, windows) for path in text]
+    texts = [Scored(path, name, tokenizer, context, windows) for name, path in names.items()]
     archive = Archive(out / "points" / model.name) if out is not None else None
     points: list[Point] = []
     failed: list[str] = []
-    inputs = _inputs(source.directory, [calibration, *text])
+    inputs = _inputs([source.directory, *([base] if base else [])], [calibration, *text])
+    asked = [windows, tasks.names, tasks.limit]
     with progress_bars(Console(stderr=True)) as progress:
         exact = {scored.name: scored.compare(dense, dense, batch, progress) for scored in texts}
+        exact_tasks = tasks.scores(dense, tokenizer, batch)
         for number, (name, share, recipe) in enumerate(recipes):
-            key = _key(name, share, [recipe, inputs, windows])
+            key = _key(name, share, [recipe, inputs, asked])
             point = archive.load(key) if archive else None
             try:
                 point = point or measure(
-                    name, share, recipe, model, dense, texts, corpus, batch, progress
+                    name,
+                    share,
+                    recipe,
+                    model,
+                    dense,
+                    texts,
+                    tasks,
+                    tokenizer,
+                    corpus,
+                    batch,
+                    progress,
+                    base,
                 )
             except SvdError as error:  # the other points are worth having
                 failed.append(str(error))
@@ -149,6 +172,7 @@ def _quality(
         context=context,
         scored_tokens={scored.name: scored.tokens for scored in texts},
         dense=exact,
+        dense_tasks=exact_tasks,
         points=tuple(points),
         machine=machine(),
     )
@@ -161,10 +185,22 @@ def _quality(
         raise SvdError("\n".join(failed))
 
 
-def _inputs(model: Path, texts: list[Path]) -> list[object]:
+def _names(texts: list[Path]) -> dict[str, Path]:
+    """The texts by name, with their directory where names alone are the same."""
+    for parts in (1, 2):
+        names = {"/".join(path.resolve().parts[-parts:]): path for path in texts}
+        if len(names) == len(texts):
+            return names
+    raise SvdError(
+        f"--text {', '.join(map(str, texts))}: names must differ\nRemedy: rename one of them"
+    )
+
+
+def _inputs(models: list[Path], texts: list[Path]) -> list[object]:
     """What a point depends on beside its recipe."""
     weights = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for model in models
         for path in model.glob("*.safetensors")
     )
     return [weights, [sha256(path) for path in texts], version("vllm-svd")]

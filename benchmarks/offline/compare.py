@@ -33,11 +33,12 @@ class Scored:
     def __init__(
         self,
         path: Path,
+        name: str,
         tokenizer: PreTrainedTokenizerBase,
         context: int,
         most: int | None = None,
     ) -> None:
-        self.name = path.name
+        self.name = name
         tokens, bos = tokenize_file(tokenizer, path), default_bos(tokenizer)
         span = context - (bos is not None)
         if len(tokens) < span:

@@ -29,7 +29,8 @@ def plot(found: Quality, directory: Path) -> list[Path]:
         axes.set_ylabel(f"perplexity on {text}")
         axes.set_title(found.model)
         axes.legend(fontsize=7, ncols=2)
-        path = directory / f"{found.model}-{Path(text).stem}.png"
+        named = "-".join(Path(text).with_suffix("").parts)
+        path = directory / f"{found.model}-{named}.png"
         figure.savefig(path, dpi=110)
         pyplot.close(figure)
         made.append(path)

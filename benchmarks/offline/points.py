@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.offline.compare import Agreement, Scored
+from benchmarks.offline.tasks import Tasks
 from offline_compress import reference
 from offline_compress.calibration import Corpus
 from offline_compress.checkpoint import inspect
@@ -61,6 +62,7 @@ class Point(BaseModel):
     perplexity_run: float
     perplexity_reloaded: float
     texts: dict[str, Agreement]
+    tasks: dict[str, float] = {}
     seconds: float
     peak_bytes: int
 
@@ -90,9 +92,12 @@ def measure(
     model: Path,
     dense: PreTrainedModel,
     texts: Iterable[Scored],
+    tasks: Tasks,
+    tokenizer: PreTrainedTokenizerBase,
     corpus: Corpus,
     batch: int,
     progress: Progress,
+    base: Path | None = None,
 ) -> Point:
     """Compress `model`, verify and reload what was written, and score it on every text.
 
@@ -115,7 +120,7 @@ def measure(
         if done.returncode:
             raise SvdError(f"{name} at {kept:g} kept failed: {log.read_text().strip()[-2000:]}")
         found = inspect(out)
-        compressed = reference.load(out, dense.device, dense.dtype)
+        compressed = reference.load(out, dense.device, dense.dtype, base)
         measured, totals = found.measured, found.plan.totals
         reloaded = perplexity(
             compressed, corpus.held_out, corpus.calibration.shape[1], batch, corpus.bos
@@ -133,6 +138,7 @@ def measure(
             perplexity_run=measured.perplexity,
             perplexity_reloaded=reloaded,
             texts={text.name: text.compare(dense, compressed, batch, progress) for text in texts},
+            tasks=tasks.scores(compressed, tokenizer, batch),
             seconds=seconds,
             peak_bytes=int(peak.read_text()) * 1024,
         )

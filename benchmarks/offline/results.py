@@ -14,7 +14,8 @@ from benchmarks.offline.points import Point
 class Quality(BaseModel):
     """The dense model, every point, and what they were measured with.
 
-    `dense` has the perplexity per text; `scored_tokens` are those of each text.
+    `dense` has the perplexity per text, `dense_tasks` its tasks; `scored_tokens` are those of each
+    text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,6 +28,7 @@ class Quality(BaseModel):
     context: int
     scored_tokens: dict[str, int]
     dense: dict[str, Agreement]
+    dense_tasks: dict[str, float] = {}
     points: tuple[Point, ...]
     machine: Machine
 
@@ -36,12 +38,11 @@ class Quality(BaseModel):
         table.add_column("method")
         for column in ("kept", "bytes", *self._columns(), "error", "predicted", "s", "MiB"):
             table.add_column(column, justify="right")
-        scores = [self._cells(self.dense)]
         table.add_row(
             "dense",
             "1",
             f"{self.checkpoint_bytes:,}",
-            *scores[0],
+            *self._cells(self.dense, self.dense_tasks),
             "0",
             "0",
             "",
@@ -53,7 +54,7 @@ class Quality(BaseModel):
                 point.method,
                 f"{point.kept:g}",
                 f"{point.checkpoint_bytes:,}",
-                *self._cells(point.texts),
+                *self._cells(point.texts, point.tasks),
                 _error(point.held_out),
                 _error(point.predicted),
                 f"{point.seconds:.0f}",
@@ -64,13 +65,14 @@ class Quality(BaseModel):
     def markdown(self) -> str:
         """The same table, in Markdown."""
         head = ["method", "kept", "checkpoint bytes", *self._columns(), "output error", "seconds"]
-        rows = [["dense", "1", f"{self.checkpoint_bytes:,}", *self._cells(self.dense), "0", ""]]
+        scores = self._cells(self.dense, self.dense_tasks)
+        rows = [["dense", "1", f"{self.checkpoint_bytes:,}", *scores, "0", ""]]
         rows += [
             [
                 point.method,
                 f"{point.kept:g}",
                 f"{point.checkpoint_bytes:,}",
-                *self._cells(point.texts),
+                *self._cells(point.texts, point.tasks),
                 _error(point.held_out),
                 f"{point.seconds:.0f}",
             ]
@@ -82,13 +84,14 @@ class Quality(BaseModel):
     def _columns(self) -> Iterator[str]:
         for name in self.scored_tokens:
             yield from (f"ppl {name}", f"KL {name}", f"top-1 {name}")
+        yield from self.dense_tasks
 
-    def _cells(self, texts: dict[str, Agreement]) -> list[str]:
+    def _cells(self, texts: dict[str, Agreement], tasks: dict[str, float]) -> list[str]:
         cells: list[str] = []
         for name in self.scored_tokens:
             found = texts[name]
             cells += [f"{found.perplexity:.3f}", f"{found.kl:.2e}", f"{found.top1:.3f}"]
-        return cells
+        return cells + [f"{tasks[name]:.3f}" for name in self.dense_tasks]
 
 
 def _error(value: float | None) -> str:

@@ -1,6 +1,7 @@
 """What the laboratory compares: a name and the `weights` section of a recipe."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from offline_compress.methods import METHODS
@@ -18,21 +19,34 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "gptvq 4d": {"method": {"name": "gptvq", "dim": 4}},
 }
 
+# Of the differences from a base model.
+_DELTAS: dict[str, dict[str, Any]] = {
+    "impart": {},
+    "impart 8 bit": {"bits": 8},
+    "impart 4 bit": {"bits": 4},
+}
 
-def known() -> dict[str, dict[str, Any]]:
-    """Every variant that needs no base model, by name."""
+
+def known(base: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Every variant by name; those of deltas where there is a base model."""
     own = {name: {"method": name} for name in METHODS if name != "impart"}
-    return own | _EXTRA
+    if base is None:
+        return own | _EXTRA
+    deltas = {
+        name: {"method": {"name": "impart", "base": str(base)} | options}
+        for name, options in _DELTAS.items()
+    }
+    return own | _EXTRA | deltas
 
 
-def chosen(names: Iterable[str] | None) -> dict[str, dict[str, Any]]:
+def chosen(names: Iterable[str] | None, base: Path | None = None) -> dict[str, dict[str, Any]]:
     """The variants of these names, or all; raises RecipeError with every unknown name."""
-    every = known()
+    every = known(base)
     if names is None:
         return every
     wanted = list(dict.fromkeys(names))
     if unknown := [name for name in wanted if name not in every]:
-        accepted = ", ".join(every)
+        accepted = ", ".join(every) + ("" if base else ", and with --base impart")
         raise RecipeError(
             "the command line",
             [f"--method {name!r} is not known; accepted are {accepted}" for name in unknown],

@@ -66,33 +66,44 @@ def test_a_damaged_source_shard_found_while_writing_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("limit", "message"), [(1_000_000, "it needs"), (100_000, "the disk is full")]
+    ("limit", "message", "left"),
+    [(1_000_000, "it needs", {".out.work"}), (100_000, "the disk is full", set())],
 )
-def test_a_failing_write_says_so_and_leaves_nothing(
-    tiny_checkpoint, short_text, tmp_path, limit, message
+def test_a_failing_write_says_so_and_leaves_nothing_but_finished_layers(
+    tiny_checkpoint, short_text, tmp_path, limit, message, left
 ):
     """The limit makes the kernel refuse a write half-way, as a full disk does.
 
     The shard is 1.4 MB, what a block becomes 200 kB.
     """
-    process = script(
-        """
-        import resource, sys
-        from offline_compress import cli
-        limit = int(sys.argv.pop(1))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        cli.main()
-        """,
-        *(limit, "run", tiny_checkpoint("llama"), tmp_path / "out", "--text", short_text),
-        *("--samples", "2", "--recipe", write_recipe(tmp_path)),
-    )
+
+    def run(limit):
+        return script(
+            """
+            import resource, sys
+            from offline_compress import cli
+            limit = int(sys.argv.pop(1))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            cli.main()
+            """,
+            *(limit, "run", tiny_checkpoint("llama"), tmp_path / "out", "--text", short_text),
+            *("--samples", "2", "--recipe", write_recipe(tmp_path)),
+        )
+
+    process = run(limit)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
     assert "Traceback" not in errors
     assert f"cannot be written: {message}" in errors
     assert "File too large" in errors
     assert output == ""
-    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"} | left
+    assert ("finished layers wait" in errors) == bool(left)
+    if left:  # the same command goes on from there
+        again = run(100_000_000)
+        _, errors = again.communicate(timeout=300)
+        assert again.returncode == 0, errors
+        assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "out"}
 
 
 def test_a_run_killed_while_it_writes_leaves_only_what_it_computed(

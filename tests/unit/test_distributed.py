@@ -172,9 +172,15 @@ def test_merged_moments_are_those_of_one_process(shared, mixture, samples, tmp_p
         torch.testing.assert_close(first[name], value, rtol=0, atol=atol)
 
 
-def test_a_run_of_two_processes_writes_one_checkpoint(noisy_checkpoint, short_text, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "allocator"),
+    [("gfwsvd", "water_filling"), ({"name": "svd_llm", "recover": {"steps": 2}}, "uniform")],
+)
+def test_a_run_of_two_processes_writes_one_checkpoint(
+    method, allocator, noisy_checkpoint, short_text, tmp_path
+):
     model, out, path = noisy_checkpoint("llama"), tmp_path / "out", tmp_path / "recipe.yaml"
-    recipe = recipe_for(short_text, "gfwsvd", allocator="water_filling", host_memory_gib=1e-9)
+    recipe = recipe_for(short_text, method, allocator=allocator, host_memory_gib=1e-9)
     path.write_text(recipe.yaml())
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "offline_compress", "run", str(model), str(out), "--recipe", str(path)]

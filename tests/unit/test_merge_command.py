@@ -62,10 +62,13 @@ def test_another_base_is_refused_by_its_weights(invoke, tuned, delta, short_text
 
 
 def test_a_model_of_other_tensors_and_a_bad_option_are_refused(
-    invoke, base, tuned, noisy_checkpoint, tmp_path
+    invoke, base, tuned, delta, noisy_checkpoint, tmp_path
 ):
     other = noisy_checkpoint("qwen2")
-    assert "other tensors" in invoke("merge", tmp_path / "a", other, "--base", base)[2]
+    for model, of in ((other, base), (delta, other)):  # dense, and as a delta
+        code, _, errors = invoke("merge", tmp_path / "a", model, "--base", of)
+        assert code == 1
+        assert f"{model} has other tensors than the base" in errors
     wrong = ["merge", tmp_path / "b", tuned, "--base", base, "--ties", "--keep", "0"]
     assert "ties keeps 0.0" in invoke(*wrong)[2]
     assert not list(tmp_path.iterdir())

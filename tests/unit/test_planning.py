@@ -11,8 +11,10 @@ from fractions import Fraction
 import pytest
 from safetensors.torch import load_file, save_file
 
-from offline_compress import pipeline, sweep
+from offline_compress import evidence, pipeline, recovery, sweep
 from offline_compress.calibration import HiddenStates, Network
+from offline_compress.calibration.gates import GatedModel
+from offline_compress.checkpoint import inspect
 from offline_compress.methods import Gptvq, SvdLlm, workspace_bytes
 from offline_compress.planning import layers_of, matrices_of, plan
 from offline_compress.recipe import CompressionRecipe, RecipeError
@@ -22,6 +24,8 @@ from offline_compress.workspace import work_root
 from vllm_svd.format.manifest import read_header
 
 UPDATED = {"name": "svd_llm", "update": True}
+RECOVERED = {"name": "svd_llm", "recover": {"steps": 3}}
+WHOLE = ("recover=Recovery", "strs", "water_filling", "learned")  # read the whole model
 
 
 def recipe_of(method="svd_llm", kept=0.6, kv=None, allocator="uniform", **windows):
@@ -153,21 +157,30 @@ def test_a_method_pays_for_the_moments_that_it_needs(source):
 
 
 @pytest.mark.parametrize(
-    ("family", "method"),
+    ("family", "method", "allocator"),
     [
-        *(("llama", name) for name in ("svd", "svd_llm", "fwsvd", "gfwsvd")),
-        ("llama", UPDATED),
-        ("qwen3_moe", "svd_llm"),
+        *(("llama", name, "uniform") for name in ("svd", "svd_llm", "fwsvd", "gfwsvd")),
+        ("llama", UPDATED, "uniform"),
+        ("llama", RECOVERED, "uniform"),
+        ("llama", "svd", "strs"),
+        ("llama", "svd_llm", "water_filling"),
+        ("llama", "svd_llm", "learned"),
+        ("llama", "svd_llm_v2", "truncation_loss"),
+        ("llama", "svd", "block_influence"),
+        ("qwen3_moe", "svd_llm", "uniform"),
     ],
     ids=str,
 )
 def test_the_expected_cost_is_that_of_a_run(
-    tiny_checkpoint, short_text, tmp_path, monkeypatch, family, method
+    tiny_checkpoint, short_text, tmp_path, monkeypatch, family, method, allocator
 ):
     """Passes of linear layers, hidden states, moments and files, each counted."""
     source = open_source(str(tiny_checkpoint(family)))
-    samples = 6 if "fwsvd" in method else 4  # 3 borders of the calibration set, or both streams
-    recipe = recipe_of(method, kv={"kept": 0.5}, text=str(short_text), samples=samples)
+    samples = 6 if "fwsvd" in method else 8  # 3 borders of the calibration set, or both streams
+    options = {"name": "strs", "grid": [0.3, 0.6]} if allocator == "strs" else allocator
+    recipe = recipe_of(
+        method, kv={"kept": 0.5}, allocator=options, text=str(short_text), samples=samples
+    )
     weights = [
         sum(math.prod(s) / (2 if ".experts." in path else 1) for path, s in layer.shapes.items())
         for layer in layers_of(source)  # two of four experts see a token
@@ -184,6 +197,28 @@ def test_the_expected_cost_is_that_of_a_run(
         passes = 2 if states.requires_grad else 1
         counted.append(passes * 2 * states.numel() * source.config.vocab_size)
         return logits(network, states)
+
+    head = source.config.vocab_size * source.config.hidden_size
+    gradients, loss, gated = recovery._gradients, evidence._Losses._loss, GatedModel.__call__
+
+    def whole(passes, tokens):
+        counted.append(passes * 2 * tokens * (sum(weights) + head))
+
+    def watched_gradients(model, network, windows, *rest):
+        whole(4, windows.numel())
+        return gradients(model, network, windows, *rest)
+
+    def watched_loss(losses):
+        whole(1, losses.windows.numel())
+        return loss(losses)
+
+    def watched_gated(model, positions, window):
+        whole(3, model.windows[window].numel())
+        return gated(model, positions, window)
+
+    monkeypatch.setattr(recovery, "_gradients", watched_gradients)
+    monkeypatch.setattr(evidence._Losses, "_loss", watched_loss)
+    monkeypatch.setattr(GatedModel, "__call__", watched_gated)
 
     def watched_collect(*arguments):
         gc.collect()
@@ -209,11 +244,19 @@ def test_the_expected_cost_is_that_of_a_run(
     cost = plan(recipe, source).calibration
     assert sum(counted) == cost.forward_operations
     assert max(hidden) == cost.hidden_bytes
-    assert max(files) == cost.work_bytes
+    chosen = inspect(tmp_path / "out").plan.totals.linear_bytes  # by an allocator that measures
+    planned = plan(recipe, source).totals.linear_bytes
+    dense = [
+        plan.dense_bytes(4)
+        for plan in inspect(tmp_path / "out").plan.matrices.values()
+        if not plan.module
+    ]
+    assert max(files) == cost.work_bytes - planned + chosen - sum(dense)
+    assert (cost.model_bytes > 0) == any(name in str(recipe.weights) for name in WHOLE)
     if method == "gfwsvd":  # beside them the moments of its outputs
         rows = [m for layer in layers_of(source)[:1] for m, _ in layer.shapes.values()]
         grams.append(max(grams) + sum(8 * m**2 for m in rows))
-    if method != "fwsvd":  # which keeps vectors alone
+    if method != "fwsvd" and allocator == "uniform":  # vectors alone, and matrices left dense
         assert max(grams) == cost.gram_bytes
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -37,6 +38,29 @@ def test_everything_wrong_is_told_at_once(invoke, recipe, tmp_path, monkeypatch)
             f"{out} already exists",
         ):
             assert what in errors
+
+
+def test_a_missing_base_is_told_with_the_rest(refused, recipe, tmp_path):
+    recipe.write_text("weights: {method: {name: impart, base: ./absent}}")
+    errors = refused(text=tmp_path / "absent.txt")
+    assert "error: 2 problems were found" in errors
+    assert "weights.method.base ./absent: no such directory" in errors
+    assert "absent.txt cannot be read" in errors
+
+
+def test_the_disk_must_hold_hidden_states_that_memory_does_not(
+    invoke, model, recipe, short_text, tmp_path, monkeypatch
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=5_000_000))
+    command = ["plan", model, tmp_path / "out", "--recipe", recipe, "--text", short_text]
+    assert invoke(*command)[0] == 0
+    recipe.write_text(
+        "calibration: {samples: 200, context: 64, host_memory_gib: 0.000000001}\nevaluation: {samples: 2}"
+    )
+    code, _, errors = invoke(*command)
+    assert code == 1
+    assert "it needs" in errors and "5,000,000 are free there" in errors
 
 
 def test_flags_and_layers_beyond_the_model_are_told_together(refused, recipe):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import fine_tuned
 
 from benchmarks.offline import variants
 from benchmarks.offline.compare import Scored
@@ -80,6 +81,24 @@ def test_a_second_run_measures_nothing_again(laboratory):
     assert Quality.model_validate_json(path.read_text()).points[0].seconds == 12345.0
 
 
+def test_deltas_are_measured_against_their_base(noisy_checkpoint, short_text, tmp_path):
+    base, other = noisy_checkpoint("llama"), tmp_path / short_text.name
+    tuned = fine_tuned(base, tmp_path / "tuned")
+    other.write_text(short_text.read_text()[::-1])
+    done = run(
+        *("quality", tuned, "--calibration", short_text, "--text", short_text, "--text", other),
+        *("--samples", "4", "--context", "64", "--method", "impart 8 bit", "--base", base),
+        *("--kept", "0.5", "--windows", "2", "--out", tmp_path / "out"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = Quality.model_validate_json((tmp_path / "out" / "tuned.json").read_text())
+    assert list(found.dense) == [f"{path.parent.name}/{path.name}" for path in (short_text, other)]
+    (point,) = found.points
+    assert point.perplexity_reloaded == pytest.approx(point.perplexity_run, rel=5e-3)
+    assert point.checkpoint_bytes < found.checkpoint_bytes
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
 def test_agreement_is_the_perplexity_of_evaluate_and_a_real_divergence(tiny_checkpoint, short_text):
     directory = tiny_checkpoint("llama")
     model = reference.load(directory, "cpu", torch.float32)
@@ -88,7 +107,7 @@ def test_agreement_is_the_perplexity_of_evaluate_and_a_real_divergence(tiny_chec
         for parameter in other.parameters():
             parameter.mul_(1.1)
     tokenizer = load_tokenizer(open_source(str(directory)).directory)
-    scored = Scored(short_text, tokenizer, 32, 6)
+    scored = Scored(short_text, "a text", tokenizer, 32, 6)
     found = scored.compare(model, other, 4, lambda *_: None)
     body = scored.windows[:, 1:] if tokenizer("")["input_ids"] else scored.windows
     bos = int(scored.windows[0, 0]) if body.shape != scored.windows.shape else None
@@ -102,7 +121,9 @@ def test_agreement_is_the_perplexity_of_evaluate_and_a_real_divergence(tiny_chec
 
 
 def test_every_variant_is_a_recipe():
-    for name, weights in variants.known().items():
+    without, every = variants.known(), variants.known(Path("base"))
+    assert every.keys() - without.keys() == {"impart", "impart 8 bit", "impart 4 bit"}
+    for name, weights in every.items():
         assert parse({"weights": {**weights, "kept": 0.5}}, name).weights.kept == 0.5
 
 
