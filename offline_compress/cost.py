@@ -95,7 +95,10 @@ def expected_cost(
         block_bytes=2 * 4 * max(weights, default=0),
         gram_bytes=max(grams),
         workspace_bytes=max(
-            (workspace_bytes(plan.out_features, plan.in_features) for plan in made.values()),
+            (
+                workspace_bytes(plan.out_features, plan.in_features, plan.module)
+                for plan in made.values()
+            ),
             default=0,
         ),
         model_bytes=4 * sum(map(math.prod, source.shapes.values())) + trained.bytes if whole else 0,

@@ -14,7 +14,7 @@ from offline_compress.factors import Factors, LowRankFactors
 from offline_compress.kv.projection import KVBases
 from offline_compress.linalg import Truncation
 from offline_compress.methods.block import Block, Layer
-from vllm_svd.format import KVProjection, LowRank, Module
+from vllm_svd.format import Codebook, KVProjection, LowRank, Module, Reduced
 
 
 @dataclass(frozen=True)
@@ -170,14 +170,20 @@ def rank_at(share: Fraction, rows: int, columns: int) -> int:
     return int(share * rows * columns / (rows + columns))
 
 
-def workspace_bytes(out_features: int, in_features: int) -> int:
-    """fp64 bytes that factorising W [m, n] takes at most, beside W and its Gram.
+def workspace_bytes(out_features: int, in_features: int, module: Module | None = None) -> int:
+    """fp64 bytes that making the artefact of W [m, n] takes at most, beside W and its Gram.
 
-    Five matrices of the shape of W (copies and errors of it, both factors) and six of its smaller
-    side squared (eigenvectors and LAPACK's workspace); measured within twice the real peak.
+    Five matrices of the shape of W (copies and errors of it, both factors) and six of a side
+    squared (eigenvectors and LAPACK's workspace): the smaller one for factors, measured within
+    twice the real peak; that of the inputs for codebooks, which are fitted in the Gram itself; the
+    larger one for reduced modules, whose channels may be of either.
     """
-    smaller = min(out_features, in_features)
-    return 8 * (5 * out_features * in_features + 6 * smaller * smaller)
+    side = min(out_features, in_features)
+    if isinstance(module, Codebook):
+        side = in_features
+    elif isinstance(module, Reduced):
+        side = max(out_features, in_features)
+    return 8 * (5 * out_features * in_features + 6 * side * side)
 
 
 def projected(weight: torch.Tensor, truncation: Truncation, damping: float = 0.0) -> Factorization:

@@ -56,7 +56,8 @@ def test_the_disk_must_hold_hidden_states_that_memory_does_not(
     command = ["plan", model, tmp_path / "out", "--recipe", recipe, "--text", short_text]
     assert invoke(*command)[0] == 0
     recipe.write_text(
-        "calibration: {samples: 200, context: 64, host_memory_gib: 0.000000001}\nevaluation: {samples: 2}"
+        "calibration: {samples: 200, context: 64, host_memory_gib: 0.000000001}\n"
+        "evaluation: {samples: 2}"
     )
     code, _, errors = invoke(*command)
     assert code == 1
