@@ -11,6 +11,7 @@ from offline_compress.recipe import RecipeError
 _EXTRA: dict[str, dict[str, Any]] = {
     "asvd strs": {"method": "asvd", "allocator": "strs"},
     "svd_llm update": {"method": {"name": "svd_llm", "update": True}},
+    "svd_llm recover": {"method": {"name": "svd_llm", "recover": {"steps": 100}}},
     "svd_llm water_filling": {"method": "svd_llm", "allocator": "water_filling"},
     "svd_llm_v2 uniform": {"method": "svd_llm_v2", "allocator": "uniform"},
     "dobi_svd uniform": {"method": "dobi_svd", "allocator": "uniform"},
