@@ -82,6 +82,9 @@ def expected_cost(
     if seen:  # spectra and menus, and every matrix at each share that it is tried at
         tried = -(-allocator.windows_read(len(made)) // (LOSS_WINDOWS * len(made)))
         factorised *= 1 + bool(asks & {"spectra", "menus"}) + ("losses" in asks) * tried
+    beside = trained.bytes
+    if "gates" in asks:  # the output basis of every matrix
+        beside += 4 * sum(rows * min(rows, columns) for rows, columns in map(_shape, made.values()))
     kept = 0
     if asks & {"losses", "gates"}:
         kept = sum(
@@ -101,7 +104,7 @@ def expected_cost(
             ),
             default=0,
         ),
-        model_bytes=4 * sum(map(math.prod, source.shapes.values())) + trained.bytes if whole else 0,
+        model_bytes=4 * sum(map(math.prod, source.shapes.values())) + beside if whole else 0,
         hidden_bytes=4 * streams * source.config.hidden_size,
         work_bytes=sum(gradients)
         + kept
@@ -126,6 +129,10 @@ def _seen_by_allocator(method: Method) -> Needs:
     """The moments that are taken before an allocator decides, gradients aside."""
     needs = method.menu_needs if isinstance(method, OfferingMethod) else method.needs - SHIFTED
     return needs - GRADIENTS
+
+
+def _shape(plan: MatrixPlan) -> tuple[int, int]:
+    return plan.out_features, plan.in_features
 
 
 class _Trained(NamedTuple):

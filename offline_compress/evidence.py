@@ -52,7 +52,8 @@ def gather(
     allocator, method = recipe.weights.allocator, recipe.weights.method
     asks = allocator.asks
     keep = bool(asks & {"losses", "gates"})
-    measured = _sweep(network, method, layers, streams, work, asks, progress)
+    multiple = recipe.weights.rank_multiple
+    measured = _sweep(network, method, layers, streams, work, asks, multiple, progress)
     streams.remove()
     evidence = Evidence(
         matrices,
@@ -60,7 +61,7 @@ def gather(
         influence=measured.influence,
         menus=measured.menus or None,
         windows=len(windows),
-        rank_multiple=recipe.weights.rank_multiple,
+        rank_multiple=multiple,
         progress=progress,
     )
     if not keep:
@@ -82,6 +83,7 @@ def _sweep(
     streams: Streams,
     work: Workspace,
     asks: frozenset[Asks],
+    multiple: int,
     progress: Progress,
 ) -> _Measured:
     """One pass of the dense model; statistics for losses and gates stay in the work directory."""
@@ -105,7 +107,7 @@ def _sweep(
                     energy = method.spectrum(weight.detach(), statistics)
                     measured.spectra[path] = (energy * max(statistics.tokens, 1)).cpu()
                 elif isinstance(method, OfferingMethod) and "menus" in asks:
-                    offers = method.menu(layer, path, weight.detach(), statistics)
+                    offers = method.menu(layer, path, weight.detach(), statistics, multiple)
                     measured.menus[path] = [Offer(*offer) for offer in offers]
             if asks & {"losses", "gates"}:
                 _save(work, index, seen)
@@ -227,7 +229,9 @@ class _Losses:
                 factors = self.method.factorize(weight, seen, largest).factors
                 basis, _ = torch.linalg.qr(factors.parts()["B"].double())
             bases[path] = basis.to(weight)
-        return GatedModel(self.model, windows, beta, mode="spectrum", bases=bases)
+        return GatedModel(
+            self.model, windows, beta, mode="spectrum", bases=bases, checkpointing=True
+        )
 
     def _loss(self) -> float:
         total = counted = 0.0

@@ -44,10 +44,11 @@ def compress(
 ) -> Measurements | None:
     """Write the compressed checkpoint `out` and return what it was measured to lose.
 
-    The same recipe gives the same bytes on the same machine, whether a run was killed on the way
-    or not: finished blocks wait in a work directory beside `out`. Under torchrun every process
-    reads its share of the samples, and the first one writes; the others return None. Raises
-    SvdError for anything a user can cause; nothing is left behind then.
+    The same recipe gives the same bytes on the same CPU, whether a run was killed on the way or not
+    (gradients on a GPU may differ in their last bits): finished blocks wait in a work directory
+    beside `out`. Under torchrun every process reads its share of the samples, and the first one
+    writes; the others return None. Raises SvdError for anything a user can cause; nothing
+    half-written is left behind then.
     """
     ready = prepare_run(recipe, model, out)
     workers = Workers.joined()

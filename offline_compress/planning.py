@@ -119,7 +119,9 @@ def plan(recipe: CompressionRecipe, source: Source, shares: Shares | None = None
             f"{made.totals.linear_kept:.3f} of the bytes, more than weights.kept"
         )
         made = made.model_copy(update={"warnings": (*made.warnings, too_much)})
-    if not made.compressed and not made.projected:
+    # A delta of everything is the fine-tuned model itself.
+    whole = recipe.weights.method.base_model is not None
+    if not made.compressed and not made.projected and not whole:
         raise RecipeError(
             "the recipe",
             ["every matrix and every cache would stay dense; lower weights.kept or kv.kept"],

@@ -16,6 +16,7 @@ from offline_compress.evaluation import check_context, default_bos, read_text, t
 from offline_compress.planning import plan
 from offline_compress.recipe import CompressionRecipe, RecipeError
 from offline_compress.weights import Source, SourceError, open_source
+from offline_compress.workspace import forsaken
 from vllm_svd.errors import SvdError
 from vllm_svd.format import sha256
 
@@ -69,12 +70,13 @@ def prepare_run(
         missing = "calibration.text (--text): missing; give a UTF-8 text file"
         found.errors.append(RecipeError("the recipe", [missing]))
     source, ranks, device, corpus = _prepare(recipe, model, out, found)
-    base = found.attempt(lambda: _base(recipe, source))
+    found.attempt(lambda: _base(recipe, source, weights=False))
     if source is None or ranks is None or device is None or corpus is None or found.errors:
         raise found.error()
     if source.stored is None:
         source = open_source(model)
         ranks = plan(recipe, source)
+    base = _base(recipe, source)
     digest = sha256(Path(str(recipe.calibration.text)))
     return PreparedRun(source, ranks, device, corpus, digest, base)
 
@@ -175,28 +177,34 @@ def _prepare(
     def output_fits(out: Path) -> None:
         ensure_vacant(out)
         if source is not None and ranks is not None:
-            # The work directory is beside the output.
-            ensure_room(out, bytes_needed(source, ranks) + _work_bytes(recipe, ranks))
+            # The work directory is beside the output, and may hold what was computed before.
+            there = sum(forsaken(out).values())
+            needed = bytes_needed(source, ranks)
+            ensure_room(out, needed + max(0, _work_bytes(recipe, ranks, source, device) - there))
 
     if out is not None:
         found.attempt(lambda: output_fits(out))
     return source, ranks, device, corpus
 
 
-def _work_bytes(recipe: CompressionRecipe, ranks: RankPlan) -> int:
-    """What the work directory holds at its largest."""
-    cost = ranks.calibration
-    mapped = cost.hidden_bytes > recipe.calibration.host_memory_gib * (1 << 30)
-    return cost.work_bytes + cost.hidden_bytes * mapped
+def _work_bytes(
+    recipe: CompressionRecipe, ranks: RankPlan, source: Source, device: torch.device | None
+) -> int:
+    """What the work directory holds at its largest; the cost is of hidden states in fp32."""
+    cost, itemsize = ranks.calibration, 4
+    if device is not None:
+        itemsize = compute_dtype(device, source.torch_dtype).itemsize
+    hidden = cost.hidden_bytes * itemsize // 4
+    return cost.work_bytes + (hidden if hidden > recipe.calibration.host_memory_gib * 2**30 else 0)
 
 
-def _base(recipe: CompressionRecipe, source: Source | None) -> Source | None:
+def _base(recipe: CompressionRecipe, source: Source | None, weights: bool = True) -> Source | None:
     """The base model, which must have the same matrices as the source, where that was found."""
     name = recipe.weights.method.base_model
     if name is None:
         return None
     try:
-        base = open_source(name)
+        base = open_source(name, weights=weights)
     except SourceError as error:
         where = str(error).removeprefix("MODEL ")
         raise SourceError(f"weights.method.base {where}") from None

@@ -43,12 +43,15 @@ def recover(
 ) -> dict[str, LowRankFactors]:
     """The same ranks, fine-tuned in fp32 on `windows` [n, context], `batch` of them a step.
 
-    Holds the whole model on the device, in its compute dtype, and three times the side that is
-    trained in fp32; activations of one window, computed again layer by layer for the gradient. A
-    killed run goes on from the last record in the work directory, to the same result. Raises
-    SvdError where the loss is not finite.
+    Holds the whole model on the device, in its compute dtype, and of the side that is trained its
+    gradient and two moments, in fp32; activations of one window, computed again layer by layer for
+    the gradient. A killed run goes on from the last record in the work directory, on a CPU to the
+    same bits. The factors are in the host's memory. Raises SvdError for a loss or a gradient that
+    is not finite.
     """
-    model = reference.load(network.source.directory, network.device, network.dtype)
+    # fp16 would flush the gradients of a mean over many tokens to zero
+    dtype = torch.bfloat16 if network.dtype == torch.float16 else network.dtype
+    model = reference.load(network.source.directory, network.device, dtype)
     for path, found in factors.items():
         reference.install_factors(model, path, found)
     layers = {path: model.get_submodule(path) for path in factors}
@@ -71,6 +74,7 @@ def recover(
         adam = torch.optim.Adam(trained.values(), lr=recovery.lr)
         if done > first:
             _restore(adam, trained, tensors, done - first)
+        tensors = {}
         for step in range(max(done, first), last):
             for group in adam.param_groups:
                 group["lr"] = recovery.lr * (last - step) / recovery.steps
@@ -80,9 +84,11 @@ def recover(
             progress("recover", step + 1, 2 * recovery.steps)
             if (step + 1) % _RECORDED == 0 or step + 1 == last:
                 work.save(_RECORD, _state(layers, adam, trained), step + 1)
+        for parameter in trained.values():
+            parameter.grad = None
     return {
         path: LowRankFactors(
-            A=layer.A.detach(), B=layer.B.detach(), correction=factors[path].correction
+            A=layer.A.detach().cpu(), B=layer.B.detach().cpu(), correction=factors[path].correction
         )
         for path, layer in layers.items()
     }
@@ -121,8 +127,13 @@ def _gradients(
                     "Remedy: lower weights.method.recover.lr, or check the checkpoint"
                 )
             loss.backward()  # type: ignore[no-untyped-call]
-    for parameter in trained.values():
-        workers.sum(cast(torch.Tensor, parameter.grad))
+    for path, parameter in trained.items():
+        gradient = workers.sum(cast(torch.Tensor, parameter.grad))
+        if not torch.isfinite(gradient).all():
+            raise SvdError(
+                f"{path}: the gradient is not finite while its factors are fine-tuned\n"
+                "Remedy: lower weights.method.recover.lr, or check the checkpoint"
+            )
 
 
 def _state(

@@ -40,9 +40,10 @@ class Workspace:
     ) -> tuple[dict[str, torch.Tensor], Any] | None:
         """A record, its tensors on the device, or None where there is none that can be read."""
         try:
-            with safe_open(self._path(name), framework="pt", device=str(device)) as file:
+            with safe_open(self._path(name), framework="pt") as file:
                 facts = json.loads(file.metadata()[_FACTS])
-                return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118
+                # Not by safe_open, to which a GPU without a number is the first, not this worker's.
+                return {k: file.get_tensor(k).to(device) for k in file.keys()}, facts  # noqa: SIM118
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
 
@@ -65,9 +66,8 @@ def work_root(out: Path) -> Path:
 def workspace(out: Path, key: str, first: bool = True) -> Iterator[Workspace]:
     """The work directory of the run `key`: kept when the run is killed, removed when it ends.
 
-    A run that fails of itself leaves nothing, but for one that could not write `out` in the end:
-    its layers are finished, and the same command writes them. Raises OutputError if another process
-    works in it, or if it cannot be written.
+    A run that fails of itself leaves nothing, but for one that could not write: what it finished
+    waits for the same command. Raises OutputError for that, and if another process works in it.
     """
     directory = work_root(out) / key
     try:
@@ -75,7 +75,10 @@ def workspace(out: Path, key: str, first: bool = True) -> Iterator[Workspace]:
     except OSError as error:
         raise write_failure(out, error) from None
     if not first:  # another process of the same run holds the lock
-        yield Workspace(directory, writable=False)
+        try:
+            yield Workspace(directory, writable=False)
+        except (OSError, SafetensorError) as error:
+            raise write_failure(out, error) from None
         return
     with (directory / "lock").open("w") as lock:
         try:
@@ -87,14 +90,18 @@ def workspace(out: Path, key: str, first: bool = True) -> Iterator[Workspace]:
             ) from None
         try:
             yield Workspace(directory)
-        except OutputError as error:
-            raise OutputError(
-                f"{error}\nThe finished layers wait in {directory.parent} for the same command"
-            ) from None
-        except Exception as error:
+        except (OutputError, OSError, SafetensorError) as error:
+            failure = error if isinstance(error, OutputError) else write_failure(out, error)
+            if any(directory.glob("*.safetensors")):
+                _trim(directory)
+                failure = OutputError(
+                    f"{failure}\nWhat was computed waits in {directory.parent} for the same command"
+                )
+            else:
+                _remove(directory)
+            raise failure from None
+        except Exception:
             _remove(directory)
-            if isinstance(error, OSError | SafetensorError):
-                raise write_failure(out, error) from None
             raise
         _remove(directory)
 
@@ -109,6 +116,13 @@ def forsaken(out: Path) -> dict[Path, int]:
         for path in sorted(root.iterdir())
         if path.is_dir()
     }
+
+
+def _trim(directory: Path) -> None:
+    """Keep the records alone: hidden states and halves of records are of no use to another run."""
+    for path in directory.iterdir():
+        if path.suffix != ".safetensors":
+            path.unlink()
 
 
 def _remove(directory: Path) -> None:

@@ -134,12 +134,12 @@ def _quality(
     points: list[Point] = []
     failed: list[str] = []
     inputs = _inputs([source.directory, *([base] if base else [])], [calibration, *text])
-    asked = [windows, tasks.names, tasks.limit]
+    facts = [inputs, windows, list(names), *tasks.facts]
     with progress_bars(Console(stderr=True)) as progress:
         exact = {scored.name: scored.compare(dense, dense, batch, progress) for scored in texts}
         exact_tasks = tasks.scores(dense, tokenizer, batch)
         for number, (name, share, recipe) in enumerate(recipes):
-            key = _key(name, share, [recipe, inputs, asked])
+            key = _key(name, share, [recipe, *facts])
             point = archive.load(key) if archive else None
             try:
                 point = point or measure(

@@ -102,7 +102,7 @@ class Allocator(BaseModel, ABC):
     paper: ClassVar[str]
 
     def windows_read(self, matrices: int) -> int:  # noqa: ARG002
-        """Windows that it runs through the whole model, at most; a gradient counts as three."""
+        """Windows that it runs through the whole model, at most; a gradient counts as four."""
         return 0
 
     @property

@@ -1,6 +1,8 @@
 """Exact budgets: the sizes a matrix can have, and the shares that use up what is kept.
 
-A matrix [m, n] holds k rank_multiple (m + n) parameters, fewer than m n, or it stays dense, m n.
+A matrix [m, n] takes a multiple of the bytes of `rank_multiple` ranks, fewer than dense, or stays
+dense. Sizes are in quarters of a dense parameter, of which every artefact takes a whole number,
+with weights of 16 and of 32 bits.
 """
 
 import math
@@ -14,10 +16,11 @@ from typing import NamedTuple
 from offline_compress.allocation.allocator import Allocator, Evidence, Matrix, Shares
 
 Parameters = dict[str, int]
+UNITS = 4  # in a dense parameter
 
 
 class Sizes(NamedTuple):
-    """The multiples of `step` parameters below `dense`, and `dense`."""
+    """The multiples of `step` below `dense`, and `dense`."""
 
     step: int
     dense: int
@@ -41,13 +44,16 @@ class Sizes(NamedTuple):
 
 
 class Budget:
-    """The parameters that all matrices may hold together."""
+    """What all matrices may hold together, in quarters of a parameter."""
 
     def __init__(
         self, kept: Fraction, matrices: Mapping[str, Matrix], rank_multiple: int = 1
     ) -> None:
         self.sizes = {
-            path: Sizes(rank_multiple * (matrix.rows + matrix.columns), matrix.size)
+            path: Sizes(
+                math.ceil(rank_multiple * UNITS * matrix.share_of(1) * matrix.size),
+                UNITS * matrix.size,
+            )
             for path, matrix in matrices.items()
         }
         self.parameters = math.floor(kept * sum(sizes.dense for sizes in self.sizes.values()))

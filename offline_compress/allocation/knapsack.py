@@ -6,18 +6,25 @@ allocation.greedy for what that guarantees.
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from offline_compress.allocation.allocator import Allocator, Asks, Evidence, Offer, Shares
+from offline_compress.allocation.budget import UNITS
 from offline_compress.allocation.greedy import Curve, fill
 
 
 class Knapsack(Allocator):
-    """For methods that predict what each of several artefacts of a matrix would lose."""
+    """For methods that predict what each of several artefacts of a matrix would lose.
+
+    No matrix takes less than `floor` of the uniform share; its cheapest offer is a floor anyway.
+    """
 
     paper: ClassVar[str] = "Shoham and Gersho, IEEE Trans. ASSP 36 (1988)"
 
     name: Literal["knapsack"] = "knapsack"
+    floor: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
 
     @property
     def asks(self) -> frozenset[Asks]:
@@ -26,20 +33,18 @@ class Knapsack(Allocator):
     def shares(self, kept: Fraction, evidence: Evidence) -> Shares:
         """The cheapest offer of every matrix, whatever the budget, and more as far as it goes."""
         menus = evidence.menus or {}
-        sizes = {path: _UNITS * matrix.size for path, matrix in evidence.matrices.items()}
-        curves = {path: _curve(menus[path], size) for path, size in sizes.items()}
+        sizes = {path: UNITS * matrix.size for path, matrix in evidence.matrices.items()}
+        floor = Fraction(str(self.floor)) * kept
+        curves = {path: _curve(menus[path], size, floor) for path, size in sizes.items()}
         held = fill(curves, int(kept * sum(sizes.values())))
         return {path: Fraction(held[path], size) for path, size in sizes.items()}
 
 
-# Bytes are whole in quarters of a dense parameter, for weights of 16 and of 32 bits.
-_UNITS = 4
-
-
-def _curve(offers: Sequence[Offer], size: int) -> Curve:
-    """The offers that lose less than every smaller one, sizes ascending."""
+def _curve(offers: Sequence[Offer], size: int, floor: Fraction) -> Curve:
+    """The offers from the floor on that lose less than every smaller one, sizes ascending."""
     best: list[tuple[int, float]] = []
-    for share, loss in sorted(offers):
+    above = [offer for offer in offers if offer.share >= floor] or [max(offers)]
+    for share, loss in sorted(above):
         if not best or loss < best[-1][1]:
             best.append((int(share * size), loss))
     return best

@@ -48,7 +48,7 @@ class Learned(Allocator):
         return frozenset({"gates"})
 
     def windows_read(self, matrices: int) -> int:  # noqa: ARG002
-        return 3 * self.steps
+        return 4 * self.steps
 
     def shares(self, kept: Fraction, evidence: Evidence) -> Shares:
         """Whole ranks; raises SvdError that names a window whose loss is not finite.

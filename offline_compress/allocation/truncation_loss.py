@@ -36,8 +36,12 @@ class TruncationLoss(BudgetedAllocator):
         groups: dict[str, dict[str, float]] = {}
         for path, matrix in evidence.matrices.items():
             uniform = budget.sizes[path].within(kept)
-            rank = uniform // (matrix.rows + matrix.columns)
-            lost = 0.0 if uniform == matrix.size else float(evidence.spectra[path][rank:].sum())
+            rank = uniform // (budget.sizes[path].step // evidence.rank_multiple)
+            lost = (
+                0.0
+                if uniform == budget.sizes[path].dense
+                else float(evidence.spectra[path][rank:].sum())
+            )
             groups.setdefault(matrix.kind, {})[path] = math.sqrt(lost)
         targets: Shares = {}
         for losses in groups.values():

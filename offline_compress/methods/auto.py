@@ -39,7 +39,8 @@ _APPROACH, _RATE = 1.28, 0.6
 # int8 centroids: the largest is about four standard deviations, 127 steps away.
 _INT8 = (4 / 127) ** 2 / 12
 _LARGEST_INDEX = {1: 8, 2: 8, 4: 10}
-_RANKS = 16  # offers of low rank per matrix
+_RANKS = 16  # offers of low rank per matrix, at least
+_ALIGNED = 32  # ranks that tensor cores take whole
 
 
 class Auto(OfferingMethod):
@@ -62,20 +63,30 @@ class Auto(OfferingMethod):
     def menu_needs(self) -> Needs:
         return frozenset({"gram", "output_gram"})
 
-    def offers(self, rows: int, columns: int) -> Iterator[Module]:
-        """Every artefact of a matrix [m, n] that is considered, bias correction included."""
+    def offers(self, rows: int, columns: int, multiple: int = 1) -> Iterator[Module]:
+        """Every artefact of a matrix [m, n] that is considered, bias correction included.
+
+        Ranks are multiples of `multiple`, and of 32 where the matrix has so many.
+        """
         for dim, largest in _LARGEST_INDEX.items():
             quantizer = Gptvq(dim=dim)
             for bits in range(dim, largest + 1):
                 found = quantizer.sized(rows, columns, dim, bits)
                 yield found.model_copy(update={"correction": True})
         smaller = min(rows, columns)
-        step = max(1, smaller // (2 * _RANKS))
+        step = smaller // (2 * _RANKS)
+        step = step // _ALIGNED * _ALIGNED or step
+        step = max(1, -(-step // multiple)) * multiple
         for rank in range(step, smaller // 2 + 1, step):
             yield LowRankInt8(out_features=rows, in_features=columns, rank=rank, correction=True)
 
     def menu(
-        self, layer: Layer, path: str, weight: torch.Tensor, statistics: LayerStatistics
+        self,
+        layer: Layer,
+        path: str,
+        weight: torch.Tensor,
+        statistics: LayerStatistics,
+        multiple: int = 1,
     ) -> list[tuple[Fraction, float]]:
         """(share of the dense bytes, predicted loss in nats per token) of every offer."""
         dense = layer.dense_bytes(path)
@@ -84,7 +95,7 @@ class Auto(OfferingMethod):
         rounding = 2 * _INT8 * spectrum.sum()
         codebook = _CodebookLoss(weight, statistics, self.damping)
         found = [(Fraction(1), 0.0)]
-        for module in self.offers(*layer.shapes[path]):
+        for module in self.offers(*layer.shapes[path], multiple):
             share = Fraction(module.bytes(layer.item_bytes), dense)
             if share >= 1:
                 continue
@@ -100,7 +111,7 @@ class Auto(OfferingMethod):
         self,
         layer: Layer,
         shares: Mapping[str, Fraction],
-        multiple: int = 1,  # noqa: ARG002
+        multiple: int = 1,
     ) -> dict[str, Module | str]:
         """The offer of exactly this share, as the knapsack chose it, or the largest codebook below.
 
@@ -111,7 +122,8 @@ class Auto(OfferingMethod):
             if share >= 1:
                 found[path] = "its share is all of it"
                 continue
-            sizes = [(o.bytes(layer.item_bytes), o) for o in self.offers(*layer.shapes[path])]
+            offers = self.offers(*layer.shapes[path], multiple)
+            sizes = [(offer.bytes(layer.item_bytes), offer) for offer in offers]
             limit = share * layer.dense_bytes(path)
             # Low rank only where it was chosen by its exact size: no size says when it is better.
             fitting = [

@@ -110,9 +110,17 @@ class OfferingMethod(Method):
 
     @abstractmethod
     def menu(
-        self, layer: Layer, path: str, weight: torch.Tensor, statistics: LayerStatistics
+        self,
+        layer: Layer,
+        path: str,
+        weight: torch.Tensor,
+        statistics: LayerStatistics,
+        multiple: int = 1,
     ) -> list[tuple[Fraction, float]]:
-        """(share of the dense bytes, predicted loss in nats per token) of every artefact."""
+        """(share of the dense bytes, predicted loss in nats per token) of every artefact.
+
+        Ranks are multiples of `multiple`.
+        """
 
 
 class LowRankMethod(Method):

@@ -37,6 +37,8 @@ from vllm_svd.format import verify
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+# Far enough that half of the samples would end elsewhere.
+RECOVERED = {"name": "svd_llm", "recover": {"steps": 12, "lr": 3e-3}}
 EVERY = frozenset(get_args(Moment)) - GRADIENTS
 
 
@@ -93,6 +95,13 @@ def measured(directory, samples, work, workers):
     return {name: value.clone() for name, value in found.items()}
 
 
+def of_worker(rank):
+    """Tensors of every kind that factors have, other ones on each worker."""
+    values = torch.arange(12).view(3, 4) + 20 * rank
+    kinds = (torch.bfloat16, torch.float32, torch.int8, torch.uint8, torch.int32)
+    return {str(kind): values.to(kind) for kind in kinds} | {"turned": values.double().T}
+
+
 def worker():
     """What each of the processes runs: measures for every number of samples."""
     directory, out, *samples = sys.argv[1:]
@@ -103,6 +112,9 @@ def worker():
     for number in samples:
         found = measured(Path(directory), int(number), out, Workers.joined())
         save_file(found, out / f"{number}-{rank}.safetensors")
+    agreed = {name: Workers.joined().of_first(own) for name, own in of_worker(rank).items()}
+    save_file(agreed, out / f"agreed-{rank}.safetensors")
+    (out / f"agreed-{rank}.txt").write_text(Workers.joined().text_of_first("\u03b1" * (3 - rank)))
     dist.destroy_process_group()
 
 
@@ -137,9 +149,14 @@ def mixture(noisy_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def shared(mixture, tmp_path_factory):
+def shared_directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def shared(mixture, shared_directory):
     """What both processes measured, by the number of samples."""
-    out = tmp_path_factory.mktemp("shared")
+    out = shared_directory
     command = [sys.executable, "-c", "from test_distributed import worker; worker()"]
     arguments = [str(mixture), str(out), "1", "5"]
     path = str(Path(__file__).parent)
@@ -172,9 +189,20 @@ def test_merged_moments_are_those_of_one_process(shared, mixture, samples, tmp_p
         torch.testing.assert_close(first[name], value, rtol=0, atol=atol)
 
 
+@pytest.mark.usefixtures("shared")
+def test_both_have_what_the_first_has(shared_directory):
+    for rank in range(2):
+        found = load_file(shared_directory / f"agreed-{rank}.safetensors")
+        for name, tensor in of_worker(0).items():
+            assert torch.equal(found[name], tensor)
+            assert not torch.equal(found[name], of_worker(1)[name])
+        assert (shared_directory / f"agreed-{rank}.txt").read_text() == "\u03b1" * 3
+    assert Workers().of_first(tensor) is tensor and Workers().text_of_first("x") == "x"
+
+
 @pytest.mark.parametrize(
     ("method", "allocator"),
-    [("gfwsvd", "water_filling"), ({"name": "svd_llm", "recover": {"steps": 2}}, "uniform")],
+    [("gfwsvd", "water_filling"), (RECOVERED, "uniform")],
 )
 def test_a_run_of_two_processes_writes_one_checkpoint(
     method, allocator, noisy_checkpoint, short_text, tmp_path

@@ -6,11 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import fine_tuned, recipe_for, tensors_of
 from safetensors.torch import load, save
 
+from offline_compress.checkpoint import restore
 from offline_compress.factors.delta import DeltaFactors
 from offline_compress.methods.block import Block, Layer
 from offline_compress.methods.impart import Impart, counts_of, kept_fractions
+from offline_compress.pipeline import compress
 from vllm_svd.errors import SvdError
 from vllm_svd.format.delta import Delta
 
@@ -207,6 +210,20 @@ def test_all_of_it_restores_the_fine_tuned_weight(rows, columns):
     result = found.matrices[PATH]
     torch.testing.assert_close(result.factors.dense(), tuned, rtol=0, atol=1e-12)
     assert result.loss == pytest.approx(0, abs=1e-12)
+
+
+def test_keep_1_restores_the_fine_tuned_model_exactly(noisy_checkpoint, short_text, tmp_path):
+    base = noisy_checkpoint("llama")
+    tuned = fine_tuned(base, tmp_path / "tuned")
+    options = {"name": "impart", "base": str(base), "keep": 1.0}
+    measured = compress(recipe_for(short_text, options, kv=None), str(tuned), tmp_path / "out")
+    assert (measured.kl_to_dense, measured.top1_agreement) == (0, 1)
+    restore(tmp_path / "out", tmp_path / "restored")
+    expected = tensors_of(tuned)
+    for directory in ("out", "restored"):
+        found = tensors_of(tmp_path / directory)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_keep_1_stores_the_fine_tuned_weights_bit_for_bit():

@@ -213,7 +213,7 @@ def test_the_expected_cost_is_that_of_a_run(
         return loss(losses)
 
     def watched_gated(model, positions, window):
-        whole(3, model.windows[window].numel())
+        whole(4, model.windows[window].numel())
         return gated(model, positions, window)
 
     monkeypatch.setattr(recovery, "_gradients", watched_gradients)

@@ -5,7 +5,7 @@ import torch
 from runs import IDLE, recipe_for, with_idle_expert, with_weights
 from torch.nn.functional import cross_entropy
 
-from offline_compress import recovery, reference
+from offline_compress import kv, recovery, reference
 from offline_compress.calibration import LayerStatistics, Network, Workers
 from offline_compress.checkpoint import inspect
 from offline_compress.evaluation import perplexity
@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_is_named(noisy_checkpoint, tmp_path):
 
 
 def test_a_run_stores_what_was_fine_tuned_and_projects_the_cache_behind_it(
-    noisy_checkpoint, short_text, tmp_path
+    noisy_checkpoint, short_text, tmp_path, monkeypatch
 ):
     model, out = noisy_checkpoint("llama"), tmp_path / "out"
     recipes = {
@@ -179,6 +179,13 @@ def test_a_run_stores_what_was_fine_tuned_and_projects_the_cache_behind_it(
     corpus = prepare_run(recipes[8], str(model), out).corpus
     stages = []
     plain = compress(recipes[None], str(model), tmp_path / "plain")
+    projected, collect = [], kv.collect
+
+    def watched(network, index, block, *rest):
+        projected.append((index, block.self_attn.k_proj.weight.clone()))
+        return collect(network, index, block, *rest)
+
+    monkeypatch.setattr(kv, "collect", watched)
     measured = compress(recipes[8], str(model), out, lambda stage, *_: stages.append(stage))
     assert list(dict.fromkeys(stages)) == ["compress", "recover", "write"]
     assert inspect(out).plan.compressed == inspect(tmp_path / "plain").plan.compressed
@@ -186,6 +193,10 @@ def test_a_run_stores_what_was_fine_tuned_and_projects_the_cache_behind_it(
     networks = {
         where: reference.load(tmp_path / where, "cpu", torch.float32) for where in ("plain", "out")
     }
+    assert {index for index, _ in projected} == {0, 1}
+    for index, weight in projected:  # what was fine-tuned, not what was truncated
+        layer = networks["out"].model.layers[index]
+        torch.testing.assert_close(layer.self_attn.k_proj.weight, weight, rtol=0, atol=0)
     found = perplexity(networks["out"], corpus.held_out, 64, 4, corpus.bos)
     assert found.perplexity == pytest.approx(measured.perplexity, rel=1e-6)
     calibrated = {

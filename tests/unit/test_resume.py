@@ -23,6 +23,7 @@ RECIPES = {
     "update": {"method": UPDATED},
     "gfwsvd": {"method": "gfwsvd"},
     "water_filling": {"method": "svd_llm", "allocator": "water_filling"},
+    "auto": {"method": "auto", "kept": 0.3},
     "recover": {"method": {"name": "svd_llm", "recover": {"steps": 2}}},
 }
 # Recipe, (stage, done) at which it dies, and what is then left to do.
@@ -33,6 +34,8 @@ KILLED = [
     ("gfwsvd", ("compress", 1), {"blocks": [1]}),
     ("water_filling", ("sensitivity", 3), {"measured": 1, "blocks": [0, 1]}),
     ("water_filling", ("compress", 1), {"blocks": [1]}),
+    ("auto", ("measure", 1), {"measured": 1, "blocks": [0, 1]}),
+    ("auto", ("compress", 1), {"blocks": [1]}),
     ("recover", ("recover", 3), {"blocks": [0, 1]}),  # with the factors that were fine-tuned
 ]
 # Each run is a fork, so that the imports are paid for once.
