@@ -42,6 +42,7 @@ def layers_of(source: Source) -> list[Layer]:
             head_dim=head_dim(config),
             item_bytes=source.item_bytes,
             qk_norm=source.family.qk_norm,
+            biased=frozenset(name for name in linears if f"{name}.bias" in source.shapes),
         )
         for path in layer_paths(config)
     ]

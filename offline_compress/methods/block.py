@@ -12,8 +12,8 @@ from offline_compress.calibration.statistics import LayerStatistics
 class Layer:
     """The linear layers of the decoder layer at `path`, by their paths, in execution order.
 
-    `shapes` are [m, n]; `item_bytes` is the size of a stored weight. `query_output` and
-    `key_output` are the paths of the modules whose outputs RoPE receives.
+    `shapes` are [m, n]; `item_bytes` is the size of a stored weight. With `qk_norm` heads of
+    queries and keys are normalised. The linear layers at `biased` have a bias.
     """
 
     path: str
@@ -23,6 +23,7 @@ class Layer:
     head_dim: int
     item_bytes: int
     qk_norm: bool = False
+    biased: frozenset[str] = frozenset()
 
     def dense_bytes(self, path: str) -> int:
         """Bytes of one dense weight."""

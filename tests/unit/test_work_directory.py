@@ -65,14 +65,33 @@ def test_a_run_that_is_stopped_keeps_its_records_for_the_next(tmp_path, error):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("error", "raised"), [(ValueError("x"), ValueError), (OSError(28, "full"), OutputError)]
-)
-def test_a_run_that_fails_of_itself_leaves_nothing(tmp_path, error, raised):
-    with pytest.raises(raised), workspace(tmp_path / "out", "key") as work:
+def test_a_run_that_fails_of_itself_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="x"), workspace(tmp_path / "out", "key") as work:
         work.save("block-0", {}, "lost")
-        raise error
+        raise ValueError("x")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), OutputError("full")])
+def test_a_run_that_cannot_write_keeps_its_records_alone(tmp_path, error):
+    said = pytest.raises(OutputError, match=r"What was computed waits in .*\.out\.work")
+    with said, workspace(tmp_path / "out", "key") as work:
+        work.save("block-0", {}, "kept")
+        (work.directory / "dense-0.hidden").write_bytes(b"large")
+        raise error
+    (left,) = work_root(tmp_path / "out").glob("*/*")
+    assert left.name == "block-0.safetensors"
+    with pytest.raises(OutputError), workspace(tmp_path / "other", "key"):
+        raise error  # before there was a record
+    assert not work_root(tmp_path / "other").exists()
+
+
+def test_another_process_of_the_run_says_the_same_of_a_full_disk(tmp_path):
+    with (
+        pytest.raises(OutputError, match="cannot be written"),
+        workspace(tmp_path / "out", "key", first=False),
+    ):
+        raise OSError(28, "full")
 
 
 def test_a_place_that_cannot_be_written_is_one_error(tmp_path):

@@ -39,8 +39,7 @@ for small in ((200, 300), (300, 200)):  # libraries allocate at their first call
         method.factorize(*of(*small), 50)
 shapes = json.loads(sys.argv[1])
 layers = [of(*shape) for shape in shapes]
-# Whatever else the process touches only adds to a peak: the least of three is the method's.
-print(json.dumps([[min(peak(m, *layer) for _ in range(3)) for m in METHODS] for layer in layers]))
+print(json.dumps([[[peak(m, *layer) for _ in range(3)] for m in METHODS] for layer in layers]))
 """
 
 
@@ -49,5 +48,8 @@ def test_the_planned_workspace_is_the_peak_of_a_factorisation():
     command = [sys.executable, "-c", PEAKS, json.dumps(shapes)]
     peaks = json.loads(subprocess.check_output(command, text=True))
     for shape, of_shape in zip(shapes, peaks, strict=True):
+        planned = workspace_bytes(*shape)
+        # What else the process touches adds to a peak, and heap that is used again is not in it.
+        assert max(map(max, of_shape)) > 0.5 * planned
         # LAPACK's small buffers, rounded up to pages, come on top of the matrices counted.
-        assert 0.5 < max(of_shape) / workspace_bytes(*shape) < 1.05
+        assert max(map(min, of_shape)) < 1.05 * planned
