@@ -77,7 +77,9 @@ def plan(recipe: CompressionRecipe, source: Source, shares: Shares | None = None
     does not have, for ranks of a method that has none, or for nothing at all.
     """
     config = source.config
-    problems = recipe.kv.problems(config.num_hidden_layers, head_dim(config))
+    problems = recipe.kv.problems(
+        config.num_hidden_layers, config.num_key_value_heads, head_dim(config)
+    )
     context, positions = recipe.calibration.context, config.max_position_embeddings
     if context > positions:
         problems.append(f"calibration.context: {context} exceeds the model's {positions} positions")

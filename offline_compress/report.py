@@ -66,12 +66,16 @@ def plan_tables(plan: RankPlan) -> Iterator[Table | Text]:
             matrix.reason or "",
         )
     yield matrices
-    caches = Table("attention", "mode", "k_rank", "v_rank", "KV bytes per token", "why dense")
+    caches = Table(
+        *("attention", "mode", "KV heads a latent", "k_rank", "v_rank"),
+        *("KV bytes per token", "why dense"),
+    )
     for path, cache in plan.caches.items():
         ranks = cache.projection
         caches.add_row(
             path,
             ranks.mode if ranks else "dense",
+            str(ranks.group if ranks else "-"),
             str(ranks.k_rank if ranks else "-"),
             str(ranks.v_rank if ranks else "-"),
             f"{cache.channels * plan.item_bytes} of {cache.dense_channels * plan.item_bytes}",

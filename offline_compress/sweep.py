@@ -270,7 +270,14 @@ class Sweep:
 
         def observe(hidden: HiddenStates, rows: Iterator[slice]) -> kv.KVStatistics:
             return kv.collect(
-                self.network, index, compressed, hidden, list(rows), self.streams, projection.mode
+                self.network,
+                index,
+                compressed,
+                hidden,
+                list(rows),
+                self.streams,
+                projection.mode,
+                projection.group,
             )
 
         states = self.streams.compressed

@@ -44,6 +44,7 @@ def quality(
     kept: Annotated[list[float] | None, typer.Option()] = None,
     kv_mode: Annotated[list[str] | None, typer.Option()] = None,
     kv_kept: Annotated[list[float] | None, typer.Option()] = None,
+    kv_group: Annotated[list[int] | None, typer.Option(min=1, help="KV heads a latent")] = None,
     samples: Annotated[int, typer.Option(min=1)] = 64,
     context: Annotated[int, typer.Option(min=2)] = 512,
     batch: Annotated[int, typer.Option(min=1)] = 8,
@@ -59,8 +60,8 @@ def quality(
 ) -> None:
     """Compress MODEL in every way asked for and compare each with the dense model on every --text.
 
-    --text, --method, --kept, --kv-mode, --kv-kept and --task may be repeated. With --kv-mode and no
-    --method only the cache is compressed. Points already in --out that were measured with the same
+    --text, --method, --kept, --kv-mode, --kv-kept, --kv-group and --task may be repeated. With
+    --kv-mode and no --method only the cache is compressed. Points already in --out that were measured with the same
     recipe, model, texts and tasks are not measured again.
     """
     try:
@@ -73,6 +74,7 @@ def quality(
             kept or [0.8, 0.6, 0.4, 0.2],
             kv_mode or [],
             kv_kept or [0.5, 0.25],
+            kv_group or [1],
             samples,
             context,
             batch,
@@ -94,6 +96,7 @@ def _quality(
     kept: list[float],
     kv_mode: list[str],
     kv_kept: list[float],
+    kv_group: list[int],
     samples: int,
     context: int,
     batch: int,
@@ -110,8 +113,13 @@ def _quality(
         for name, weights in wanted
     ]
     recipes += [
-        (f"kv {mode}", share, cache_recipe(mode, share, **how))
+        (
+            f"kv {mode}" if group == 1 else f"kv {mode} group {group}",
+            share,
+            cache_recipe(mode, share, group, **how),
+        )
         for mode in kv_mode
+        for group in kv_group
         for share in kv_kept
     ]
     for _, _, recipe in recipes:  # before anything is loaded

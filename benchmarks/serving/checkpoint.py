@@ -45,7 +45,8 @@ def _channels(config: dict[str, Any]) -> int:
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     projected = (config.get("quantization_config") or {}).get("kv") or {}
     channels = sum(
-        layer["num_kv_heads"] * (layer["k_rank"] + layer["v_rank"]) for layer in projected.values()
+        layer["num_kv_heads"] // layer.get("group", 1) * (layer["k_rank"] + layer["v_rank"])
+        for layer in projected.values()
     )
     return int(channels + (layers - len(projected)) * heads * 2 * head_dim)
 

@@ -21,7 +21,7 @@ def _plan_cache(index: int, heads: int, head_dim: int, budget: KVBudget) -> Cach
     if ranks is None:
         return CachePlan(num_kv_heads=heads, head_dim=head_dim, reason="kv.kept is null")
     chosen = override is not None and (override.k_rank or override.v_rank)
-    if ranks == (head_dim, head_dim) and not chosen:
+    if ranks == (budget.group * head_dim,) * 2 and not chosen:
         return CachePlan(
             num_kv_heads=heads, head_dim=head_dim, reason="a projection of full rank saves nothing"
         )
@@ -31,5 +31,6 @@ def _plan_cache(index: int, heads: int, head_dim: int, budget: KVBudget) -> Cach
         head_dim=head_dim,
         k_rank=ranks[0],
         v_rank=ranks[1],
+        group=budget.group,
     )
     return CachePlan(num_kv_heads=heads, head_dim=head_dim, projection=projection)

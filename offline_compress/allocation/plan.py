@@ -53,7 +53,9 @@ class CachePlan(_Frozen):
     @property
     def basis_parameters(self) -> int:
         """Entries of k_down, k_up, v_down and v_up."""
-        return 2 * self.head_dim * self.projection.channels_per_token if self.projection else 0
+        if self.projection is None:
+            return 0
+        return 2 * self.head_dim * self.projection.group * self.channels
 
 
 class CalibrationCost(_Frozen):

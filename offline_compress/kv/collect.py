@@ -24,13 +24,15 @@ def collect(
     rows: list[slice],
     streams: Streams,
     mode: Mode,
+    group: int = 1,
 ) -> KVStatistics:
     """Statistics of the attention of `block` over the micro-batches `rows` of its inputs.
 
-    Only [d, d] moments per head are held, in fp64 on the model's device. Raises SvdError for no
-    tokens at all, and for an activation that is not finite, naming the layer.
+    Of the `group` KV heads that share a latent only [g d, g d] moments are held, in fp64 on the
+    model's device. Raises SvdError for no tokens at all, and for an activation that is not finite,
+    naming the layer.
     """
-    moments = _HeadMoments(network, index, block, mode, hidden.context)
+    moments = _HeadMoments(network, index, block, mode, group, hidden.context)
     hooks = moments.hooks(network.source.family)
     try:
         for batch in rows:
@@ -42,10 +44,10 @@ def collect(
 
 
 class _HeadMoments:
-    """Running sums [kv_heads, d, d] of x x^T for the query, key and value of one layer."""
+    """Running sums of x x^T: [kv_heads, d, d] of queries, [groups, g d, g d] of keys and values."""
 
     def __init__(
-        self, network: Network, index: int, block: nn.Module, mode: Mode, context: int
+        self, network: Network, index: int, block: nn.Module, mode: Mode, group: int, context: int
     ) -> None:
         self.config, self.block, self.mode = network.config, block, mode
         self.context = context  # known to a worker that has no sample, too
@@ -54,11 +56,12 @@ class _HeadMoments:
         self.attention = block.get_submodule(family.attention)
         self.rope = Rope(network.rotary)
         self.heads, self.size = self.config.num_key_value_heads, network.head_dim
+        self.group = group
         self.sums = {
             role: torch.zeros(
-                self.heads, self.size, self.size, dtype=torch.float64, device=network.device
-            )
-            for role in ("query", "key", "value")
+                self.heads // g, g * self.size, g * self.size, dtype=torch.float64
+            ).to(network.device)
+            for role, g in (("query", 1), ("key", group), ("value", group))
         }
         self.tokens = torch.zeros(1, dtype=torch.float64, device=network.device)
 
@@ -87,7 +90,10 @@ class _HeadMoments:
         if self.mode == "post" and role != "value":
             positions = torch.arange(context)
             x = self.rope.rotate(x.permute(0, 2, 3, 1, 4), positions).permute(0, 3, 1, 2, 4)
-        x = x.permute(2, 0, 1, 3, 4).reshape(self.heads, -1, self.size)
+        if role == "query":
+            x = x.permute(2, 0, 1, 3, 4).reshape(self.heads, -1, self.size)
+        else:  # one head each: those of a group one after the other
+            x = x.reshape(samples * context, -1, self.group * self.size).permute(1, 0, 2)
         moment = x.mT @ x
         if not torch.isfinite(moment).all():
             raise SvdError(
@@ -112,7 +118,8 @@ class _HeadMoments:
         # o_proj.weight [hidden, query_heads * d]
         weight = weight_of(self.attention, "o_proj").double()
         weight = weight.view(len(weight), self.heads, -1, self.size)
-        output_metric = torch.einsum("okgd,okge->kde", weight, weight)
+        output_metric = self._joined(torch.einsum("okgd,okge->kde", weight, weight))
+        query = self._joined(query)
         return KVStatistics(
             mode=self.mode,
             key_moment=key.cpu(),
@@ -121,6 +128,14 @@ class _HeadMoments:
             output_metric=output_metric.cpu(),
             tokens=int(self.tokens),
         )
+
+    def _joined(self, of_heads: torch.Tensor) -> torch.Tensor:
+        """Block diagonal [groups, g d, g d] of matrices [kv_heads, d, d]."""
+        count, size, _ = of_heads.shape
+        joined = of_heads.new_zeros(count // self.group, self.group, size, self.group, size)
+        for head, matrix in enumerate(of_heads):
+            joined[head // self.group, head % self.group, :, head % self.group] = matrix
+        return joined.flatten(1, 2).flatten(2)
 
     def _reach(self) -> int:
         """The farthest offset to sample: half the context, and never beyond a sliding window."""

@@ -13,9 +13,10 @@ from vllm_svd.format import KVProjection
 
 @dataclass(frozen=True)
 class KVBases:
-    """Bases per KV head: k_down [heads, k_rank, d], k_up [heads, d, k_rank], the same for v.
+    """k_down [groups, k_rank, g d] and k_up [KV heads, d, k_rank]; the same for v.
 
-    Cached are `k_down @ k` and `v_down @ v`; `k_up`, `v_up` rebuild key and attention output.
+    Cached are `k_down @ k` and `v_down @ v` of the heads of each group, one after the other;
+    `k_up`, `v_up` rebuild the key of a head and its attention output.
     """
 
     config: KVProjection
@@ -41,31 +42,36 @@ class KVBases:
 
 
 def project(statistics: KVStatistics, config: KVProjection) -> KVBases:
-    """The optimal bases of every KV head, in fp64.
+    """The optimal bases of every group, in fp64.
 
     Raises SvdError if the statistics were collected for another mode or another shape.
     """
     collected = (statistics.mode, *statistics.key_moment.shape[:2])
-    if collected != (config.mode, config.num_kv_heads, config.head_dim):
+    wanted = (config.mode, config.groups, config.group * config.head_dim)
+    if collected != wanted:
         raise SvdError(
-            f"statistics of mode {collected[0]}, {collected[1]} KV heads of size {collected[2]} "
-            f"cannot serve a projection of mode {config.mode}, {config.num_kv_heads} KV heads of "
-            f"size {config.head_dim}\nRemedy: collect the statistics again for this projection"
+            f"statistics of mode {collected[0]}, {collected[1]} groups of {collected[2]} channels "
+            f"cannot serve a projection of mode {wanted[0]}, {wanted[1]} groups of {wanted[2]}\n"
+            "Remedy: collect the statistics again for this projection"
         )
-    k_up, k_down = _per_head(statistics.query_metric, statistics.key_moment, config.k_rank)
-    v_up, v_down = _per_head(statistics.output_metric, statistics.value_moment, config.v_rank)
+    k_up, k_down = _solved(statistics.query_metric, statistics.key_moment, config.k_rank)
+    v_up, v_down = _solved(statistics.output_metric, statistics.value_moment, config.v_rank)
+    k_up, v_up = (up.view(config.num_kv_heads, config.head_dim, -1) for up in (k_up, v_up))
     return KVBases(config, k_down, k_up, v_down, v_up)
 
 
 def kv_error(statistics: KVStatistics, bases: KVBases) -> tuple[float, float]:
     """Relative error of the attention scores and of the attention output, over all KV heads."""
+    k_up, v_up = (
+        up.reshape(bases.config.groups, -1, up.shape[2]) for up in (bases.k_up, bases.v_up)
+    )
     return (
-        weighted_error(statistics.query_metric, statistics.key_moment, bases.k_up, bases.k_down),
-        weighted_error(statistics.output_metric, statistics.value_moment, bases.v_up, bases.v_down),
+        weighted_error(statistics.query_metric, statistics.key_moment, k_up, bases.k_down),
+        weighted_error(statistics.output_metric, statistics.value_moment, v_up, bases.v_down),
     )
 
 
-def _per_head(
+def _solved(
     metrics: torch.Tensor, second_moments: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     solved = [solve(*head, rank) for head in zip(metrics, second_moments, strict=True)]

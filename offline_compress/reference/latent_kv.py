@@ -42,8 +42,13 @@ class LatentKV(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated query and key [samples, heads, tokens, d] in the k_rank channels of the cache."""
-        grouped = query.reshape(len(query), len(self.k_up), -1, *query.shape[2:])
-        return (grouped @ self.k_up[:, None]).flatten(1, 2), key @ self.k_down.mT
+        read = query.reshape(len(query), len(self.k_up), -1, *query.shape[2:])
+        group = len(self.k_up) // len(self.k_down)
+        samples, _, tokens, size = key.shape
+        by_group = key.reshape(samples, -1, group, tokens, size).transpose(2, 3)
+        of_group = by_group.reshape(samples, -1, tokens, group * size)
+        latent = of_group @ self.k_down.mT
+        return (read @ self.k_up[:, None]).flatten(1, 2), latent.repeat_interleave(group, 1)
 
 
 def install_kv(layer: nn.Module, family: Family, path: str, bases: KVBases) -> None:
@@ -100,7 +105,8 @@ def _switch_attention(attention: Any) -> None:
 
 
 def _through(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """up down x per KV head, for x [..., heads * d] or with the heads already apart."""
-    heads = x.reshape(*x.shape[:2], len(down), -1)
-    latent = torch.einsum("bshd,hrd->bshr", heads, down)
-    return torch.einsum("bshr,hdr->bshd", latent, up).reshape(x.shape)
+    """up down x per group, for x [..., heads * d] or with the heads already apart."""
+    groups = x.reshape(*x.shape[:2], len(down), -1)
+    latent = torch.einsum("bshd,hrd->bshr", groups, down)
+    together = up.reshape(len(down), -1, up.shape[2])
+    return torch.einsum("bshr,hdr->bshd", latent, together).reshape(x.shape)

@@ -9,6 +9,7 @@ import torch
 from engine_cases import (
     ARTEFACTS,
     DEMO_MODEL,
+    GROUPED,
     HEAD_DIM,
     LAYERS,
     MAX_TOKENS,
@@ -54,6 +55,11 @@ def compressed(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Compres
         "post_full": projected("post", [(HEAD_DIM, HEAD_DIM)] * LAYERS, kept=1.0),
         "pre_half": {"weights": {"kept": 1.0}, "kv": {"mode": "pre", "kept": 0.5}},
         "post_half": {"weights": {"kept": 0.8}, "kv": {"mode": "post", "kept": 0.5}},
+        "pre_grouped": {"weights": {"kept": 1.0}, "kv": {"group": 2, "kept": 0.25}},
+        "post_grouped": {
+            "weights": {"kept": 1.0},
+            "kv": {"mode": "post", "group": 2, "k_kept": 0.3, "v_kept": 0.2},
+        },
         "pre_mixed": projected("pre", MIXED_RANKS, kept=0.6),
         "post_mixed": projected("post", MIXED_RANKS, kept=0.6),
         "auto": {"weights": {"method": "auto", "kept": 0.1}, "kv": {"kept": 0.5}},
@@ -96,7 +102,7 @@ def engines(dense: Path, compressed: Any, prompts: Any, tmp_path_factory: Any) -
         }
 
     cases = {"dense": case(dense)}
-    cases |= {name: case(compressed(name)) for name in NAMES + MIXED + ARTEFACTS}
+    cases |= {name: case(compressed(name)) for name in NAMES + GROUPED + MIXED + ARTEFACTS}
     for name in MIXED:
         model = compressed(name)
         cases[f"{name}_chunked"] = case(model, max_num_batched_tokens=64, max_num_seqs=64)

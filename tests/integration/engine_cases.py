@@ -27,6 +27,7 @@ WORKER = Path(__file__).with_name("engine_worker.py")
 KV_HEADS, HEAD_DIM, LAYERS = 2, 64, 6
 MAX_TOKENS = 24
 NAMES = ["weights_full", "pre_full", "post_full", "pre_half", "post_half"]
+GROUPED = ["pre_grouped", "post_grouped"]  # both KV heads in one latent
 MIXED = ["pre_mixed", "post_mixed"]
 ARTEFACTS = ["auto", "codebooks", "int8_factors", "reduced"]
 # Ranks that the native CPU kernel knows, ranks it does not, and unequal ones.

@@ -8,6 +8,7 @@ import json
 import pytest
 from engine_cases import (
     ARTEFACTS,
+    GROUPED,
     HEAD_DIM,
     KV_HEADS,
     LAYERS,
@@ -33,14 +34,16 @@ def dense_deviation(engines, dense, prompts) -> float:
     return float(deviations(of(engines, "dense"), dense, prompts).square().mean().sqrt())
 
 
-@pytest.mark.parametrize("name", ["weights_full", *MIXED, "pre_half", "post_half", *ARTEFACTS])
+@pytest.mark.parametrize(
+    "name", ["weights_full", *GROUPED, *MIXED, "pre_half", "post_half", *ARTEFACTS]
+)
 def test_logprobs_equal_the_offline_reference(engines, compressed, prompts, dense_deviation, name):
     """To within twice the fp32 noise between vLLM and transformers on the dense model."""
     difference = deviations(of(engines, name), compressed(name), prompts)
     assert difference.square().mean().sqrt() <= 2 * dense_deviation
 
 
-@pytest.mark.parametrize("name", [*MIXED, *ARTEFACTS])
+@pytest.mark.parametrize("name", [*GROUPED, *MIXED, *ARTEFACTS])
 def test_compression_is_not_a_no_op(engines, name):
     dense = of(engines, "dense")["rounds"][0][3]["prompt_logprobs"]
     served = of(engines, name)["rounds"][0][3]["prompt_logprobs"]
@@ -51,6 +54,12 @@ def test_compression_is_not_a_no_op(engines, name):
 def test_half_the_channels_hold_twice_the_tokens(engines, name):
     ratio = of(engines, name)["kv_cache_tokens"] / of(engines, "dense")["kv_cache_tokens"]
     assert ratio == pytest.approx(2.0, rel=0.01)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_quarter_of_the_channels_holds_four_times_the_tokens(engines, name):
+    ratio = of(engines, name)["kv_cache_tokens"] / of(engines, "dense")["kv_cache_tokens"]
+    assert ratio == pytest.approx(4.0, rel=0.02)
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -66,7 +75,7 @@ def test_per_layer_ranks_take_the_planned_bytes(engines, compressed, name):
     assert served["num_blocks"] == pytest.approx(budget / block, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["dense", *NAMES, *MIXED])
+@pytest.mark.parametrize("name", ["dense", *NAMES, *GROUPED, *MIXED])
 def test_prefix_cache_is_used_and_changes_nothing(engines, name):
     result = of(engines, name)
     assert sum(request["cached_tokens"] for request in result["rounds"][1]) > 128

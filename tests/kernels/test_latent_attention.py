@@ -31,6 +31,7 @@ def build(
     lengths: list[tuple[int, int]],
     *,
     kv_heads: int = 2,
+    shared: int = 1,
     group: int = 2,
     d: int = 32,
     k_rank: int = 16,
@@ -43,12 +44,16 @@ def build(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Case:
-    """`lengths` are (query tokens, tokens in the cache) per request; unused slots hold NaN."""
+    """`lengths` are (query tokens, tokens in the cache) per request; unused slots hold NaN.
+
+    `shared` KV heads have one latent.
+    """
     g = torch.Generator().manual_seed(seed)
     rotary_dim = rotary_dim or d
     needed = [-(-length // block) for _, length in lengths]
     pages = torch.randperm(sum(needed) + 3, generator=g)
-    cache = torch.full((len(pages), kv_heads, block, k_rank + v_rank), torch.nan)
+    latents = (kv_heads // shared, k_rank + v_rank)
+    cache = torch.full((len(pages), latents[0], block, latents[1]), torch.nan)
     table = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
     used = 0
     for request, (_, length) in enumerate(lengths):
@@ -57,7 +62,7 @@ def build(
         table[request, : len(mine)] = mine
         for position in range(length):
             page = mine[position // block]
-            cache[page, :, position % block] = torch.randn(kv_heads, k_rank + v_rank, generator=g)
+            cache[page, :, position % block] = torch.randn(*latents, generator=g)
     tokens = sum(query for query, _ in lengths)
     width = d if mode == "pre" else k_rank
     starts = torch.tensor([0, *(query for query, _ in lengths)]).cumsum(0)
@@ -121,6 +126,9 @@ def test_ragged_batches(kernel, mode, window):
         {"group": 1, "kv_heads": 3},
         {"group": 3},
         {"group": 17},
+        {"kv_heads": 4, "shared": 2},
+        {"kv_heads": 3, "shared": 3, "group": 1, "k_rank": 40},
+        {"kv_heads": 6, "shared": 3, "mode": "post"},
         {"k_rank": 5, "v_rank": 40, "d": 48},
         {"d": 80, "k_rank": 80, "v_rank": 16},
         {"rotary_dim": 16},
@@ -149,13 +157,15 @@ def test_half_precision(kernel, mode):
     ),
     mode=st.sampled_from(["pre", "post"]),
     ranks=st.tuples(st.integers(1, 32), st.integers(1, 32)),
+    shared=st.sampled_from([1, 2]),
     window=st.one_of(st.none(), st.integers(1, 80)),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=10, deadline=None)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_any_batch(kernel, lengths, mode, ranks, window, seed):
+def test_any_batch(kernel, lengths, mode, ranks, shared, window, seed):
     shape = {"mode": mode, "k_rank": ranks[0], "v_rank": ranks[1], "window": window}
+    shape["shared"] = shared
     check(kernel, *(build(lengths, **shape, seed=seed + more) for more in range(4)))
 
 

@@ -81,11 +81,13 @@ def kv_statistics(streams_of):
     """Of every attention layer by path, in the dense model on token windows."""
 
     @torch.no_grad()
-    def collect(network, windows, mode, batch=2):
+    def collect(network, windows, mode, batch=2, group=1):
         streams, found = streams_of(network, windows, batch=batch), {}
         for index, path in enumerate(network.paths):
             block, rows = network.block(index), list(streams.every())
-            statistics = kv.collect(network, index, block, streams.dense, rows, streams, mode)
+            statistics = kv.collect(
+                network, index, block, streams.dense, rows, streams, mode, group
+            )
             found[f"{path}.self_attn"] = statistics
             for part in rows:
                 hidden = streams.dense.read(part, network.device)

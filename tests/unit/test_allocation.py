@@ -1,6 +1,7 @@
 """Rank floors, what stays dense, and the sums of a plan."""
 
 import json
+import math
 from fractions import Fraction
 
 import pytest
@@ -103,9 +104,23 @@ def test_one_layer_may_be_projected_without_a_budget_for_the_rest():
     assert second.projection is None
 
 
+def test_heads_of_a_group_share_the_ranks_of_their_channels():
+    budget = KVBudget(kept=0.25, group=2, rank_multiple=16, layers={1: LayerOverride(k_rank=100)})
+    first, second = plan_caches(["a", "b"], 4, 64, budget).values()
+    assert (first.projection.k_rank, first.projection.v_rank) == (32, 32)
+    assert first.channels == first.dense_channels / 4 == 2 * 64
+    stored = first.projection.tensors("a").values()
+    assert first.basis_parameters == sum(math.prod(basis.shape) for basis in stored)
+    assert (second.projection.k_rank, second.projection.v_rank) == (100, 32)
+    assert budget.problems(2, 4, 64) == []
+    assert budget.problems(1, 3, 64)[0] == "kv.group: 2 does not divide the model's 3 KV heads"
+    whole = plan_caches(["a"], 4, 64, KVBudget(kept=1, group=2))["a"]
+    assert "saves nothing" in whole.reason
+
+
 def test_overrides_the_model_has_no_place_for_are_all_named():
     budget = KVBudget(layers={1: LayerOverride(k_rank=65, v_rank=99), 7: LayerOverride()})
-    assert budget.problems(2, 64) == [
+    assert budget.problems(2, 2, 64) == [
         "kv.layers.1.k_rank: 65 exceeds the head size 64",
         "kv.layers.1.v_rank: 99 exceeds the head size 64",
         "kv.layers.7: the model's layers are 0 to 1",

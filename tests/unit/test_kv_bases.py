@@ -206,3 +206,22 @@ def test_error_falls_with_rank_to_zero():
 def test_statistics_of_another_layer_are_refused(changed):
     with pytest.raises(SvdError, match="collect the statistics again"):
         project(statistics(3, 8), projection(4, 4, **changed))
+
+
+@given(seed=st.integers(0, 99), rank=st.integers(1, 7))
+def test_a_group_loses_no_more_than_its_heads_alone(seed, rank):
+    """Of the same channels: the bases of single heads are one choice of those of the group."""
+    joint = psd(seed, 16)
+    metric = torch.block_diag(psd(seed + 100, 8), psd(seed + 200, 8))
+    moment, readers = joint[None], metric[None]
+    together = KVStatistics("pre", moment, readers, moment, readers, tokens=1)
+    config = projection(2 * rank, 2 * rank, num_kv_heads=2, group=2)
+    bases = project(together, config)
+    assert {name: Stored(tuple(t.shape)) for name, t in bases.tensors("x").items()} == (
+        config.tensors("x")
+    )
+    parts = [torch.stack([m[:8, :8], m[8:, 8:]]) for m in (joint, metric)]
+    alone = KVStatistics("pre", *parts, *parts, tokens=1)
+    single = project(alone, projection(rank, rank, num_kv_heads=2))
+    for one, other in zip(kv_error(together, bases), kv_error(alone, single), strict=True):
+        assert one <= other * (1 + 1e-9) + 1e-12

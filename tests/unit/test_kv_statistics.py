@@ -132,6 +132,28 @@ def test_post_moments_are_those_of_the_rotated_query_and_key(model, windows, col
         assert_close(statistics[path].value_moment, moments(value))
 
 
+@pytest.mark.parametrize("mode", ["pre", "post"])
+def test_moments_of_a_group_are_joint_and_its_readers_are_not(model, windows, collected, mode):
+    alone, together = collected(mode), collected(mode, group=2)
+    size = head_dim(model.config)
+    for path, (_, key, value) in zip(
+        attention_paths(model), rotated_by_the_model(model, windows), strict=True
+    ):
+        found = together[path]
+        joint = value.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
+        assert_close(found.value_moment, moments(joint))
+        if mode == "post":
+            joint = key.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
+            assert_close(found.key_moment, moments(joint))
+        for name in ("key_moment", "query_metric", "value_moment", "output_metric"):
+            of_group, of_head = getattr(found, name), getattr(alone[path], name)
+            for head, matrix in enumerate(of_head):
+                part = slice(head % 2 * size, (head % 2 + 1) * size)
+                torch.testing.assert_close(of_group[head // 2, part, part], matrix)
+            if "metric" in name:
+                assert not of_group[:, :size, size:].any() and not of_group[:, size:, :size].any()
+
+
 def test_pre_moments_are_those_before_rope_read_at_every_offset(model, windows, collected):
     window = getattr(model.config, "sliding_window", None) or CONTEXT
     offsets = [offset for offset in (0, 1, 2, 4, 8, 16, 32) if offset < window]

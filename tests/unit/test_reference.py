@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from offline_compress.factors import ARTEFACTS, LowRankFactors
 from offline_compress.families import family_of, head_dim, layer_paths
+from offline_compress.kv import KVBases
 from offline_compress.reference import CompressedLinear, install_factors
 from offline_compress.reference import install_kv as install_on_layer
 from vllm_svd.errors import SvdError
@@ -89,6 +90,21 @@ def test_reduced_rank_is_attention_over_the_latent_cache(dense, statistics, mode
     for hidden, output in zip(seen["hidden"], seen["output"], strict=True):
         expected = attention_by_hand(copy.deepcopy(dense), hidden.double(), bases).float()
         assert torch.allclose(output, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("mode", ["pre", "post"])
+def test_heads_that_share_a_latent_are_what_they_are_alone(dense, statistics, mode):
+    """Bases of two heads stacked into those of a group, each in channels of its own."""
+    heads = dense.config.num_key_value_heads
+    alone = bases_for(dense, statistics, mode, 3, 5)
+    shape = alone.config.model_dump() | {"group": heads, "k_rank": 3 * heads, "v_rank": 5 * heads}
+    downs = (torch.block_diag(*down)[None] for down in (alone.k_down, alone.v_down))
+    ups = (torch.block_diag(*up).view(heads, up.shape[1], -1) for up in (alone.k_up, alone.v_up))
+    (k_down, v_down), (k_up, v_up) = downs, ups
+    model, grouped = copy.deepcopy(dense), copy.deepcopy(dense)
+    install_kv(model, ATTENTION, alone)
+    install_kv(grouped, ATTENTION, KVBases(KVProjection(**shape), k_down, k_up, v_down, v_up))
+    assert_same_logits(logits(grouped), logits(model))
 
 
 @pytest.mark.parametrize("mode", ["pre", "post"])

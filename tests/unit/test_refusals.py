@@ -12,8 +12,11 @@ from vllm_svd.format import KVProjection, SvdCheckpointConfig
 from vllm_svd.quantization import config as quantization
 
 
-def projection(k_rank: int = 32, v_rank: int = 32, mode: str = "pre", heads: int = 2) -> Any:
-    return KVProjection(mode=mode, num_kv_heads=heads, head_dim=64, k_rank=k_rank, v_rank=v_rank)
+def projection(
+    k_rank: int = 32, v_rank: int = 32, mode: str = "pre", heads: int = 2, group: int = 1
+) -> Any:
+    shape = {"num_kv_heads": heads, "head_dim": 64, "group": group}
+    return KVProjection(mode=mode, k_rank=k_rank, v_rank=v_rank, **shape)
 
 
 def served(projection: KVProjection) -> quantization.SvdConfig:
@@ -28,11 +31,24 @@ def test_kv_heads_that_ranks_cannot_share(monkeypatch, heads, size):
     assert "--tensor-parallel-size" in str(refused.value)
 
 
-@pytest.mark.parametrize(("heads", "size"), [(2, 1), (2, 2), (2, 4), (8, 4)])
-def test_kv_heads_that_ranks_can_share(monkeypatch, heads, size):
+@pytest.mark.parametrize(
+    ("heads", "size", "group"),
+    [(2, 1, 1), (2, 2, 1), (2, 4, 1), (8, 4, 1), (2, 1, 2), (8, 4, 2), (8, 2, 4)],
+)
+def test_kv_heads_that_ranks_can_share(monkeypatch, heads, size, group):
     monkeypatch.setattr(quantization, "get_tensor_model_parallel_world_size", lambda: size)
-    method = served(projection(heads=heads)).get_quant_method(torch.nn.Linear(1, 1), "layer.attn")
-    assert method is None
+    config = served(projection(heads=heads, group=group))
+    assert config.get_quant_method(torch.nn.Linear(1, 1), "layer.attn") is None
+
+
+@pytest.mark.parametrize(("heads", "size", "group"), [(2, 2, 2), (8, 4, 4), (4, 8, 2)])
+def test_latents_that_ranks_would_take_apart(monkeypatch, heads, size, group):
+    monkeypatch.setattr(quantization, "get_tensor_model_parallel_world_size", lambda: size)
+    with pytest.raises(UnsupportedModelError, match=rf"{group} of its {heads} KV heads") as refused:
+        served(projection(heads=heads, group=group)).get_quant_method(
+            torch.nn.Linear(1, 1), "layer.attn"
+        )
+    assert "kv.group" in str(refused.value)
 
 
 def layer(backend: str = "FLASH_ATTN", **changes: Any) -> Any:

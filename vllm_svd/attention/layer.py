@@ -29,7 +29,8 @@ CUDA_RANK_MULTIPLE = 8
 class LatentAttention(Attention):
     """vLLM's Attention with latents in the cache; instances come from make_latent().
 
-    Parameters per KV head: k_down [heads, k_rank, d], k_up [heads, d, k_rank], v_down, v_up.
+    Parameters: k_down [groups, k_rank, g * d], k_up [KV heads, d, k_rank], v_down, v_up; a group is
+    g KV heads that share a latent.
     """
 
     projection: KVProjection
@@ -48,8 +49,8 @@ class LatentAttention(Attention):
         """
         heads, head_size = self.num_kv_heads, self.head_size
         queries = query.view(-1, heads, self.num_heads // heads, head_size)
-        k_latent = latents(key.view(-1, heads, head_size), self.k_down)
-        v_latent = latents(value.view(-1, heads, head_size), self.v_down)
+        k_latent = latents(key.view(len(key), len(self.k_down), -1), self.k_down)
+        v_latent = latents(value.view(len(value), len(self.v_down), -1), self.v_down)
         if self.projection.mode == "post":
             queries = torch.einsum("thgd,hdr->thgr", queries, self.k_up)
         queries = queries.reshape(-1, self.num_heads, queries.shape[-1])
@@ -70,16 +71,17 @@ class LatentAttention(Attention):
         return output.reshape(-1, self.num_heads * head_size)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
-        """vLLM's spec of this layer, with the latent sizes in place of the head size."""
+        """vLLM's spec of this layer, with latents in place of heads, and their sizes."""
         return replace(
             super().get_kv_cache_spec(vllm_config),
+            num_kv_heads=self.num_kv_heads // self.projection.group,
             head_size=self.projection.k_rank,
             head_size_v=self.projection.v_rank,
         )
 
 
 def latents(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """x [tokens, heads, d] in the rows of down [heads, rank, d], as [tokens, heads, rank].
+    """x [tokens, groups, g * d] in the rows of down [groups, rank, g * d]: [tokens, groups, rank].
 
     Contiguous: vLLM's CUDA kernels that store keys assume so of heads within a token.
     """
@@ -113,7 +115,7 @@ def make_latent(layer: Attention, projection: KVProjection) -> None:
         num_heads=layer.num_heads,
         head_size=layer.head_size,
         scale=layer.impl.scale,
-        num_kv_heads=layer.num_kv_heads,
+        num_kv_heads=layer.num_kv_heads // projection.group,
         sliding_window=layer.sliding_window,
         kv_cache_dtype=layer.kv_cache_dtype,
         projection=projection,
@@ -124,9 +126,13 @@ def make_latent(layer: Attention, projection: KVProjection) -> None:
 
 
 def _native_head_size(layer: Attention, projection: KVProjection) -> bool:
-    """Whether attention over these latents is what vLLM's backend does at a smaller head size."""
+    """Whether attention over these latents is what vLLM's backend does at a smaller head size.
+
+    Its metadata builders plan for the model's own number of KV heads: groups are not for them.
+    """
     return (
         projection.mode == "post"
+        and projection.group == 1
         and projection.k_rank == projection.v_rank
         and layer.attn_backend.get_name() in NATIVE_BACKENDS
         and layer.attn_backend.supports_head_size(projection.k_rank)

@@ -130,6 +130,14 @@ class SvdConfig(QuantizationConfig):
                     "sizes that divide the KV heads, or are a multiple of them",
                     f"start vLLM with another --tensor-parallel-size than {size}",
                 )
+            if max(1, heads // size) % projection.group:
+                raise UnsupportedModelError(
+                    f"{path}: {projection.group} of its {heads} KV heads share a latent, which "
+                    f"tensor parallel size {size} would take apart",
+                    f"sizes that divide {projection.groups}, the number of latents",
+                    f"start vLLM with another --tensor-parallel-size than {size}, or compress the "
+                    "model with a smaller kv.group",
+                )
 
 
 def _refuse_unserved(modules: Mapping[str, Module]) -> None:

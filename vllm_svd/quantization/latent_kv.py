@@ -50,10 +50,15 @@ class LatentKVMethod(BaseKVCacheMethod):
         # Heads are replicated when there are more ranks than heads.
         first_head = get_tensor_model_parallel_rank() * projection.num_kv_heads // tp_size
         heads = slice(first_head, first_head + local_heads)
+        group = projection.group
+        groups = slice(heads.start // group, heads.stop // group)
         for tensor, stored in projection.tensors("").items():
-            basis = unfilled(local_heads, *stored.shape[1:], dtype=torch.get_default_dtype())
-            layer.register_parameter(tensor.rpartition(".")[2], basis)
-            set_weight_attrs(basis, {"weight_loader": _loader(layer, heads)})
+            name = tensor.rpartition(".")[2]
+            mine = groups if name.endswith("_down") else heads
+            shape = (mine.stop - mine.start, *stored.shape[1:])
+            basis = unfilled(*shape, dtype=torch.get_default_dtype())
+            layer.register_parameter(name, basis)
+            set_weight_attrs(basis, {"weight_loader": _loader(layer, mine)})
         make_latent(layer, projection)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -68,7 +73,7 @@ class LatentKVMethod(BaseKVCacheMethod):
 
 
 def _loader(layer: Any, heads: slice) -> Callable[..., None]:
-    """Copies this rank's heads of a basis [KV heads, ...]; the signature is vLLM's."""
+    """Copies this rank's heads, or groups, of a basis [heads, ...]; the signature is vLLM's."""
 
     def load(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
         local = loaded_weight[heads]

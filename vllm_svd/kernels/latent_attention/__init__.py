@@ -20,9 +20,10 @@ def attend(
 ) -> None:
     """Write softmax(scale * Q K^T) Z_v to output [tokens, heads, v_rank].
 
-    kv_cache [blocks, KV heads, block size, k_rank + v_rank] holds z_k, then z_v. Without `rope`
-    the keys are z_k and query is [tokens, heads, k_rank]; with it (and k_up [KV heads, d, k_rank])
-    they are RoPE(k_up z_k) at each token's position and query, already rotated, is [.., d].
+    kv_cache [blocks, groups, block size, k_rank + v_rank] holds z_k, then z_v; each group is read
+    by as many query heads. Without `rope` the keys are z_k and query is [tokens, heads, k_rank];
+    with it (and k_up [KV heads, d, k_rank], KV heads a multiple of groups) they are RoPE(k_up z_k)
+    at each token's position and query, already rotated, is [.., d].
     """
     if query.is_cuda:
         from vllm_svd.kernels.latent_attention import triton

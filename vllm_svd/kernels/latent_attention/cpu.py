@@ -65,7 +65,8 @@ def _attend_equal_queries(
     KV heads come first in every intermediate, so that rebuilding keys is one product per head.
     """
     requests, tokens, heads, width = query.shape
-    _, kv_heads, size, channels = kv_cache.shape
+    _, groups, size, channels = kv_cache.shape
+    kv_heads = groups if up is None else len(up)
     group = heads // kv_heads
     queries = query.view(requests, tokens, kv_heads, group, width).permute(2, 0, 3, 1, 4)
     queries = queries.reshape(kv_heads, requests, group * tokens, width)
@@ -86,8 +87,10 @@ def _attend_equal_queries(
         blocks = block_table[:alive, begin // size : end // size].long()
         positions = torch.arange(begin, end)
         unused = positions >= ends[:alive, None]
-        keys = _gather(kv_cache[..., :k_rank], blocks, unused)
-        values = _gather(kv_cache[..., k_rank:], blocks, unused)
+        keys, values = (
+            _gather(part, blocks, unused).repeat_interleave(kv_heads // groups, 0)
+            for part in (kv_cache[..., :k_rank], kv_cache[..., k_rank:])
+        )
         if rope is not None and up is not None:
             rebuilt = torch.bmm(keys.flatten(1, 2), up).view(*keys.shape[:3], width)
             # Whole blocks are read; positions past the table belong to unused slots.

@@ -35,7 +35,8 @@ def attend(
     dtype: torch.dtype = torch.float64,
 ) -> None:
     """See vllm_svd.kernels.latent_attention."""
-    size, kv_heads = kv_cache.shape[2], kv_cache.shape[1]
+    size, groups = kv_cache.shape[2], kv_cache.shape[1]
+    kv_heads = groups if k_up is None else k_up.shape[0]
     group = query.shape[1] // kv_heads
     starts = batch.query_start_loc.tolist()
     for request, length in enumerate(batch.seq_lens.tolist()):
@@ -46,7 +47,7 @@ def attend(
             positions = torch.arange(begin, end, device=query.device)
             blocks = batch.block_table[request, positions // size].long()
             latents = kv_cache[blocks, :, positions % size].to(dtype)  # [keys, heads, channels]
-            by_head = latents.transpose(0, 1)
+            by_head = latents.transpose(0, 1).repeat_interleave(kv_heads // groups, 0)
             keys, values = by_head[..., :k_rank], by_head[..., k_rank:]
             if rope is not None and k_up is not None:
                 keys = rotate(keys @ k_up.to(dtype).transpose(1, 2), rope, positions)

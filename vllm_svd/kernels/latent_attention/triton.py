@@ -53,6 +53,7 @@ def _attention_kernel(
     up_row_stride,
     cos_stride,
     BLOCK_SIZE: tl.constexpr,
+    SHARED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     ROWS: tl.constexpr,
@@ -149,7 +150,7 @@ def _attention_kernel(
         slot = (
             cache_ptr
             + page * cache_block_stride
-            + kv_head * cache_head_stride
+            + kv_head // SHARED * cache_head_stride
             + (key % BLOCK_SIZE) * cache_slot_stride
         )
         z_k = tl.load(
@@ -219,7 +220,8 @@ def attend(
 ) -> None:
     """See vllm_svd.kernels.latent_attention; channels must be contiguous in every tensor."""
     tokens, heads, width = batch.num_tokens, query.shape[1], query.shape[2]
-    requests, kv_heads = batch.seq_lens.shape[0], kv_cache.shape[1]
+    requests, groups = batch.seq_lens.shape[0], kv_cache.shape[1]
+    kv_heads = groups if k_up is None else k_up.shape[0]
     group = heads // kv_heads
     rows = max(MIN_ROWS, triton.next_power_of_2(group))
     block_q = rows // group
@@ -247,6 +249,7 @@ def attend(
         *up.stride()[:2],
         cos_sin.stride(0),
         BLOCK_SIZE=kv_cache.shape[2],
+        SHARED=kv_heads // groups,
         GROUP=group,
         BLOCK_Q=block_q,
         ROWS=rows,
