@@ -61,8 +61,8 @@ def quality(
     """Compress MODEL in every way asked for and compare each with the dense model on every --text.
 
     --text, --method, --kept, --kv-mode, --kv-kept, --kv-group and --task may be repeated. With
-    --kv-mode and no --method only the cache is compressed. Points already in --out that were measured with the same
-    recipe, model, texts and tasks are not measured again.
+    --kv-mode and no --method only the cache is compressed. Points already in --out that were
+    measured with the same recipe, model, texts and tasks are not measured again.
     """
     try:
         _quality(
