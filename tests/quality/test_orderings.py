@@ -21,13 +21,13 @@ def measured(tmp_path_factory):
     """What a recipe was measured to lose, and the bytes it took, each recipe compressed once."""
     found = {}
 
-    def measured(method, kept, kv_kept=None, kv_mode="pre"):
-        key = (method, kept, kv_kept, kv_mode)
+    def measured(method, kept, kv_kept=None, kv_mode="pre", group=1, allocator=None):
+        key = (method, kept, kv_kept, kv_mode, group, allocator)
         if key not in found:
             recipe = parse(
                 {
-                    "weights": {"method": method, "kept": kept},
-                    "kv": {"kept": kv_kept, "mode": kv_mode},
+                    "weights": {"method": method, "kept": kept, "allocator": allocator},
+                    "kv": {"kept": kv_kept, "mode": kv_mode, "group": group},
                     "calibration": {"text": str(TEXT), "samples": 32},
                     "evaluation": {"samples": 16},
                 },
@@ -46,6 +46,23 @@ def test_whitening_beats_the_baselines(measured, baseline):
     whitened, scaled = (measured(name, 0.4).measured for name in ("svd_llm", baseline))
     assert whitened.perplexity < scaled.perplexity
     assert whitened.kl_to_dense < scaled.kl_to_dense
+
+
+@pytest.mark.parametrize(
+    ("method", "allocator"), [("svd_llm_v2", "truncation_loss"), ("svd_llm", "water_filling")]
+)
+def test_ranks_by_loss_beat_uniform_ones_in_no_more_bytes(measured, method, allocator):
+    uniform, found = measured("svd_llm", 0.4), measured(method, 0.4, allocator=allocator)
+    assert found.plan.totals.linear_kept <= 0.4
+    assert found.measured.perplexity < uniform.measured.perplexity
+    assert found.measured.kl_to_dense < uniform.measured.kl_to_dense
+
+
+def test_heads_that_share_a_latent_lose_less_in_the_same_bytes(measured):
+    alone, shared = (measured("svd_llm", 1.0, kv_kept=0.25, group=group) for group in (1, 2))
+    totals = [found.plan.totals.kv_bytes_per_token for found in (alone, shared)]
+    assert totals == [DENSE_KV // 4] * 2
+    assert shared.measured.kl_to_dense < alone.measured.kl_to_dense / 2
 
 
 def test_auto_beats_low_rank_and_codebooks_in_no_more_bytes(measured):

@@ -35,7 +35,7 @@ def taken(menu, share):
 def test_within_the_budget_and_at_most_one_step_worse_than_the_best_choice(given_menus, data):
     sizes = [data.draw(st.integers(1, 9)) for _ in given_menus]
     kept = data.draw(st.integers(1, 20).map(lambda twentieths: Fraction(twentieths, 20)))
-    shares = Knapsack().shares(kept, evidence(given_menus, sizes))
+    shares = Knapsack(floor=0).shares(kept, evidence(given_menus, sizes))
     found = [shares[str(i)] for i in range(len(given_menus))]
     loss = sum(taken(menu, share) for menu, share in zip(given_menus, found, strict=True))
     spent = sum(share * size for share, size in zip(found, sizes, strict=True))
@@ -64,7 +64,7 @@ def test_within_the_budget_and_at_most_one_step_worse_than_the_best_choice(given
 def test_bytes_go_where_they_save_most():
     flat = [Offer(Fraction(1, 4), 1.0), Offer(Fraction(1, 2), 0.9), Offer(Fraction(1), 0.0)]
     steep = [Offer(Fraction(1, 4), 9.0), Offer(Fraction(1, 2), 2.0), Offer(Fraction(1), 0.0)]
-    shares = Knapsack().shares(Fraction(3, 8), evidence([flat, steep], [4, 4]))
+    shares = Knapsack(floor=0).shares(Fraction(3, 8), evidence([flat, steep], [4, 4]))
     assert shares == {"0": Fraction(1, 4), "1": Fraction(1, 2)}
 
 
@@ -72,6 +72,6 @@ def test_no_matrix_is_below_the_floor():
     """The first loses a tenth of what the second does, and would take the cheapest offer."""
     cheap = [Offer(offer.share, offer.loss / 10) for offer in STEPS]
     menus, kept = [cheap, STEPS], Fraction(1, 2)
-    assert Knapsack().shares(kept, evidence(menus, [1, 1]))["0"] == Fraction(1, 10)
+    assert Knapsack(floor=0).shares(kept, evidence(menus, [1, 1]))["0"] == Fraction(1, 10)
     floored = Knapsack(floor=0.6).shares(kept, evidence(menus, [1, 1]))
     assert floored == {"0": Fraction(3, 10), "1": Fraction(7, 10)}
