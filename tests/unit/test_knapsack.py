@@ -75,3 +75,15 @@ def test_no_matrix_is_below_the_floor():
     assert Knapsack(floor=0).shares(kept, evidence(menus, [1, 1]))["0"] == Fraction(1, 10)
     floored = Knapsack(floor=0.6).shares(kept, evidence(menus, [1, 1]))
     assert floored == {"0": Fraction(3, 10), "1": Fraction(7, 10)}
+
+
+@given(menus, st.data())
+def test_a_floor_never_breaks_the_budget(given_menus, data):
+    """Where a matrix has no offer between the floor and the uniform share it takes one below."""
+    sizes = [data.draw(st.integers(1, 9)) for _ in given_menus]
+    kept = data.draw(st.integers(1, 20).map(lambda twentieths: Fraction(twentieths, 20)))
+    floor = data.draw(st.sampled_from([0.0, 0.3, 0.6, 1.0]))
+    shares = Knapsack(floor=floor).shares(kept, evidence(given_menus, sizes))
+    if all(min(menu).share <= kept for menu in given_menus):
+        spent = sum(shares[str(i)] * size for i, size in enumerate(sizes))
+        assert spent <= kept * sum(sizes)
