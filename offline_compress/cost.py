@@ -10,7 +10,7 @@ import torch
 
 from offline_compress.allocation import LOSS_WINDOWS, CachePlan, CalibrationCost, MatrixPlan
 from offline_compress.calibration import GRADIENTS, SHIFTED, Needs, stages
-from offline_compress.methods import Layer, Method, OfferingMethod, workspace_bytes
+from offline_compress.methods import Layer, workspace_bytes
 from offline_compress.recipe import CompressionRecipe
 from offline_compress.weights import Source
 
@@ -68,7 +68,7 @@ def expected_cost(
     if method.reads_attention:
         passes += max(stage_counts)
     asks = allocator.asks if made else frozenset()
-    seen = _seen_by_allocator(method) if asks - {"influence"} else frozenset()
+    seen = method.needs_before if asks - {"influence"} else frozenset()
     passes += bool(asks) + bool(seen)  # of the dense model, before anything is compressed
     whole = allocator.windows_read(len(made)) * recipe.calibration.context
     trained = _Trained() if method.recovery is None else _trained(made.values())
@@ -123,12 +123,6 @@ def expected_cost(
         ),
         factor_operations=factorised + int(moments * squares),
     )
-
-
-def _seen_by_allocator(method: Method) -> Needs:
-    """The moments that are taken before an allocator decides, gradients aside."""
-    needs = method.menu_needs if isinstance(method, OfferingMethod) else method.needs - SHIFTED
-    return needs - GRADIENTS
 
 
 def _shape(plan: MatrixPlan) -> tuple[int, int]:

@@ -12,10 +12,8 @@ from transformers import PreTrainedModel
 from offline_compress import reference
 from offline_compress.allocation import LOSS_WINDOWS, Asks, Evidence, Learned, Matrix, Offer
 from offline_compress.calibration import (
-    GRADIENTS,
     SHIFTED,
     LayerStatistics,
-    Needs,
     Network,
     Streams,
     collect,
@@ -23,7 +21,7 @@ from offline_compress.calibration import (
     weight_of,
 )
 from offline_compress.calibration.gates import GatedModel
-from offline_compress.methods import Layer, LowRankMethod, OfferingMethod
+from offline_compress.methods import Layer, LowRankMethod, Method, OfferingMethod
 from offline_compress.methods.dobi_svd import output_subspace
 from offline_compress.progress import Progress
 from offline_compress.recipe import CompressionRecipe
@@ -78,7 +76,7 @@ def gather(
 @torch.no_grad()
 def _sweep(
     network: Network,
-    method: object,
+    method: Method,
     layers: list[Layer],
     streams: Streams,
     work: Workspace,
@@ -89,16 +87,11 @@ def _sweep(
     """One pass of the dense model; statistics for losses and gates stay in the work directory."""
     source, measured = network.source, _Measured()
     observed = source.family.input_sites(source.config)
-    needs: Needs = frozenset()
-    if isinstance(method, LowRankMethod):
-        needs = method.needs - SHIFTED - GRADIENTS
-    elif isinstance(method, OfferingMethod):
-        needs = method.menu_needs - GRADIENTS
     for index, layer in enumerate(layers):
         block = network.block(index)
         widths = {observed[path]: shape[1] for path, shape in layer.shapes.items()}
         if asks - {"influence"}:
-            seen = collect(network, index, block, block, streams, widths, needs)
+            seen = collect(network, index, block, block, streams, widths, method.needs_before)
             gradients = load_gradients(work, index, network.device)
             for path in layer.shapes:
                 statistics = with_moments(seen[observed[path]], gradients.get(path, {}))

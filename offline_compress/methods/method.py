@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from offline_compress.calibration.statistics import LayerStatistics, Needs
+from offline_compress.calibration.statistics import GRADIENTS, SHIFTED, LayerStatistics, Needs
 from offline_compress.factors import Factors, LowRankFactors
 from offline_compress.kv.projection import KVBases
 from offline_compress.linalg import Truncation
@@ -72,6 +72,11 @@ class Method(BaseModel, ABC):
         """The moments that `compress` reads."""
 
     @property
+    def needs_before(self) -> Needs:
+        """The moments of the dense model that an allocator is told from, gradients aside."""
+        return frozenset()
+
+    @property
     def base_model(self) -> str | None:
         """The model, a directory or a hub id, that a delta is taken against."""
         return None
@@ -108,6 +113,10 @@ class OfferingMethod(Method):
     def menu_needs(self) -> Needs:
         """The moments of the dense model that `menu` reads."""
 
+    @property
+    def needs_before(self) -> Needs:
+        return self.menu_needs - GRADIENTS
+
     @abstractmethod
     def menu(
         self,
@@ -127,6 +136,10 @@ class LowRankMethod(Method):
     """A method that truncates each matrix by itself at a rank it is told."""
 
     artefact: ClassVar[str] = "two factors in the model's dtype"
+
+    @property
+    def needs_before(self) -> Needs:
+        return self.needs - SHIFTED - GRADIENTS
 
     @abstractmethod
     def factorize(

@@ -87,10 +87,10 @@ def _attend_equal_queries(
         blocks = block_table[:alive, begin // size : end // size].long()
         positions = torch.arange(begin, end)
         unused = positions >= ends[:alive, None]
-        keys, values = (
-            _gather(part, blocks, unused).repeat_interleave(kv_heads // groups, 0)
-            for part in (kv_cache[..., :k_rank], kv_cache[..., k_rank:])
-        )
+        keys = _gather(kv_cache[..., :k_rank], blocks, unused)
+        values = _gather(kv_cache[..., k_rank:], blocks, unused)
+        if kv_heads > groups:  # repeating once would be a copy, too
+            keys, values = (z.repeat_interleave(kv_heads // groups, 0) for z in (keys, values))
         if rope is not None and up is not None:
             rebuilt = torch.bmm(keys.flatten(1, 2), up).view(*keys.shape[:3], width)
             # Whole blocks are read; positions past the table belong to unused slots.
