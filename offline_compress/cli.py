@@ -51,11 +51,22 @@ Kept = Annotated[
 ]
 KVKept = Annotated[
     float | None,
-    typer.Option(help="Fraction of K/V channels that stay; 1 is dense.  [default: 0.5]"),
+    typer.Option(help="Fraction of the cache's bytes that stays; 1 is dense.  [default: 0.5]"),
 ]
 KVMode = Annotated[
     str | None,
     typer.Option(help="pre or post: project keys before or after RoPE.  [default: pre]"),
+]
+KVGroup = Annotated[
+    int | None, typer.Option(help="Neighbouring KV heads that share a latent.  [default: 1]")
+]
+KVStore = Annotated[
+    str | None,
+    typer.Option(help="model, fp8_e4m3, int8, int4 or tiers of bits.  [default: model]"),
+]
+KVAllocator = Annotated[
+    str | None,
+    typer.Option(help="uniform, or measured: KL saved per byte cached.  [default: uniform]"),
 ]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text to calibrate on.")]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows.  [default: 64]")]
@@ -96,6 +107,9 @@ def run(
     kept: Kept = None,
     kv_kept: KVKept = None,
     kv_mode: KVMode = None,
+    kv_group: KVGroup = None,
+    kv_store: KVStore = None,
+    kv_allocator: KVAllocator = None,
     text: Text = None,
     samples: Samples = None,
     seed: Seed = None,
@@ -109,7 +123,8 @@ def run(
     from offline_compress.report import result_table
     from offline_compress.workspace import forsaken
 
-    flags = _flags(method, allocator, kept, kv_kept, kv_mode, text, samples, seed, device)
+    cache = _cache_flags(kv_kept, kv_mode, kv_group, kv_store, kv_allocator)
+    flags = _flags(method, allocator, kept, text, samples, seed, device) | cache
     wanted, invalid = load_valid(recipe, flags)
     if invalid is not None:
         prepare_run(wanted, model, out, invalid)  # raises it, with all else that is wrong
@@ -145,6 +160,9 @@ def plan(
     kept: Kept = None,
     kv_kept: KVKept = None,
     kv_mode: KVMode = None,
+    kv_group: KVGroup = None,
+    kv_store: KVStore = None,
+    kv_allocator: KVAllocator = None,
     text: Text = None,
     samples: Samples = None,
     seed: Seed = None,
@@ -155,7 +173,8 @@ def plan(
     from offline_compress.recipe import load_valid
     from offline_compress.report import plan_tables
 
-    flags = _flags(method, allocator, kept, kv_kept, kv_mode, text, samples, seed, device)
+    cache = _cache_flags(kv_kept, kv_mode, kv_group, kv_store, kv_allocator)
+    flags = _flags(method, allocator, kept, text, samples, seed, device) | cache
     wanted, invalid = load_valid(recipe, flags)
     _print(*plan_tables(prepare_plan(wanted, model, out, invalid)))
 
@@ -303,8 +322,6 @@ def _flags(
     method: str | None,
     allocator: str | None,
     kept: float | None,
-    kv_kept: float | None,
-    kv_mode: str | None,
     text: Path | None,
     samples: int | None,
     seed: int | None,
@@ -314,12 +331,26 @@ def _flags(
         "--method": method,
         "--allocator": allocator,
         "--kept": kept,
-        "--kv-kept": kv_kept,
-        "--kv-mode": kv_mode,
         "--text": text and str(text),
         "--samples": samples,
         "--seed": seed,
         "--device": device,
+    }
+
+
+def _cache_flags(
+    kept: float | None,
+    mode: str | None,
+    group: int | None,
+    store: str | None,
+    allocator: str | None,
+) -> dict[str, Any]:
+    return {
+        "--kv-kept": kept,
+        "--kv-mode": mode,
+        "--kv-group": group,
+        "--kv-store": store,
+        "--kv-allocator": allocator,
     }
 
 

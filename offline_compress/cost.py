@@ -8,7 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from offline_compress.allocation import LOSS_WINDOWS, CachePlan, CalibrationCost, MatrixPlan
+from offline_compress.allocation import (
+    LOSS_WINDOWS,
+    PROBE_WINDOWS,
+    CachePlan,
+    CalibrationCost,
+    MatrixPlan,
+)
 from offline_compress.calibration import GRADIENTS, SHIFTED, Needs, stages
 from offline_compress.methods import Layer, workspace_bytes
 from offline_compress.recipe import CompressionRecipe
@@ -70,7 +76,14 @@ def expected_cost(
     asks = allocator.asks if made else frozenset()
     seen = method.needs_before if asks - {"influence"} else frozenset()
     passes += bool(asks) + bool(seen)  # of the dense model, before anything is compressed
+    passes += 2 * recipe.kv.measures
     whole = allocator.windows_read(len(made)) * recipe.calibration.context
+    probed = spectra = 0
+    if recipe.kv.measures:  # energies of every channel of keys and values
+        spectra = 2 * 8 * len(layers) * recipe.kv.group * layers[0].head_dim
+    if recipe.kv.measures and recipe.kv.allocator == "measured":
+        probed = min(PROBE_WINDOWS, recipe.calibration.samples) * recipe.calibration.context
+        spectra += 2 * 8 * len(layers)  # and an exchange rate
     trained = _Trained() if method.recovery is None else _trained(made.values())
     if trained.left and method.recovery:
         drawn = 2 * method.recovery.steps * recipe.calibration.batch
@@ -104,10 +117,13 @@ def expected_cost(
             ),
             default=0,
         ),
-        model_bytes=4 * sum(map(math.prod, source.shapes.values())) + beside if whole else 0,
+        model_bytes=4 * sum(map(math.prod, source.shapes.values())) + beside
+        if whole or probed
+        else 0,
         hidden_bytes=4 * streams * source.config.hidden_size,
         work_bytes=sum(gradients)
         + kept
+        + spectra
         + (trained.records(stored, bases) if trained.left else stored + bases),
         forward_operations=_forward_operations(
             source,
@@ -120,6 +136,8 @@ def expected_cost(
             projections=any(plan.projection for plan in caches.values()),
             sweeps=2 if trained.left else 1,
             whole=whole,
+            probed=probed,
+            probes=2 * len(layers),
         ),
         factor_operations=factorised + int(moments * squares),
     )
@@ -171,17 +189,21 @@ def _forward_operations(
     projections: bool,
     sweeps: int,
     whole: int,
+    probed: int,
+    probes: int,
 ) -> int:
     """Two per weight and token: both streams advance, beside what each of the rest asks for.
 
     Gradients take a pass forward, one more and one back to the inputs. A second of the `sweeps` is
-    that behind fine-tuning. `whole` are tokens that the whole model reads.
+    that behind fine-tuning. `whole` are tokens that the whole model reads, `probed` those that it
+    reads once, and again for each of the `probes`, whose logits are compared with the dense ones.
     """
     weights = sum(math.prod(s) * _reached(source, path) for path, s in source.linears().items())
     head = source.config.vocab_size * source.config.hidden_size
     passes = calibration * (statistics + 2 * sweeps + projections + 3 * gradients)
     passes += held_out * (sweeps * (errors + 2) + projections) + whole
-    heads = 2 * scored + 2 * calibration * gradients + whole
+    passes += (1 + probes) * probed
+    heads = 2 * scored + 2 * calibration * gradients + whole + 2 * probes * probed
     return int(2 * (passes * weights + heads * head))
 
 

@@ -2,10 +2,12 @@
 
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -89,6 +91,20 @@ def fidelity(network: Network, streams: Streams, windows: torch.Tensor) -> Fidel
         top1=same / tokens,
         tokens=int(tokens),
     )
+
+
+@torch.no_grad()
+def divergence(head: nn.Module, hidden: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Mean KL(first || second), nats per token, of what `head` says of pairs [tokens, hidden]."""
+    total, tokens = 0.0, 0
+    for first, second in hidden:
+        for before, behind in zip(
+            torch.split(first, _SCORED), torch.split(second, _SCORED), strict=True
+        ):
+            exact, other = (head(part).double().log_softmax(-1) for part in (before, behind))
+            total += float((exact.exp() * (exact - other)).sum())
+            tokens += len(before)
+    return total / tokens
 
 
 def _agreement(dense: torch.Tensor, other: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from offline_compress import evidence
-from offline_compress.allocation import RankPlan, Shares
+from offline_compress import cache_evidence, evidence
+from offline_compress.allocation import CacheEvidence, RankPlan, Shares
 from offline_compress.calibration import GRADIENTS, Network, Streams, Workers
 from offline_compress.calibration.gradients import gradient_moments
 from offline_compress.checkpoint import Measurements, bytes_needed, write
@@ -130,12 +130,14 @@ class _Run:
         recipe, ready = self.recipe, self.ready
         source, corpus = ready.source, ready.corpus
         network = Network(source, ready.device, compute_dtype(ready.device, source.torch_dtype))
-        ranks = ready.ranks
+        shares = None
         if recipe.weights.kept < 1:
             self._gradients(network)
             shares = self._shares(network)
-            if shares is not None:
-                ranks = plan(recipe, source, shares)
+        measured = self._caches(network) if recipe.kv.measures else None
+        ranks = ready.ranks
+        if shares is not None or measured is not None:
+            ranks = plan(recipe, source, shares, measured)
         streams = self._streams(network)
         sweep = Sweep(
             network, recipe.weights.method, ranks, layers_of(source), streams, self.work, ready.base
@@ -246,6 +248,31 @@ class _Run:
         said = json.loads(self.workers.text_of_first(said))
         self.work.save("shares", {}, said)
         return {path: Fraction(share) for path, share in said.items()}
+
+    def _caches(self, network: Network) -> CacheEvidence:
+        """What the K/V budget decides by."""
+        found = self.work.load("caches")
+        if found is None:
+            layers, windows = layers_of(self.ready.source), self.ready.corpus.calibration
+            streams = self._streams(network, held_out=False)
+            seen = cache_evidence.gather(
+                self.recipe, network, layers, streams, windows, self.progress
+            )
+            of_first = self.workers.of_first
+            tensors = {
+                side: of_first(torch.stack([of_layer[i] for of_layer in seen.energies]))
+                for i, side in enumerate(("key", "value"))
+            }
+            if seen.exchange is not None:
+                tensors["exchange"] = of_first(torch.tensor(seen.exchange, dtype=torch.float64))
+            self.work.save("caches", tensors, {})
+            found = tensors, {}
+        tensors = found[0]
+        exchange = tensors.get("exchange")
+        return CacheEvidence(
+            list(zip(tensors["key"], tensors["value"], strict=True)),
+            None if exchange is None else [(key, value) for key, value in exchange.tolist()],
+        )
 
     def _measurements(self, scored: Fidelity, results: list[LayerResult]) -> Measurements:
         corpus, calibration = self.ready.corpus, self.recipe.calibration

@@ -7,6 +7,7 @@ from fractions import Fraction
 from offline_compress.allocation import (
     ALLOCATORS,
     Asks,
+    CacheEvidence,
     CachePlan,
     Evidence,
     Matrix,
@@ -69,12 +70,18 @@ def kept_of(recipe: CompressionRecipe) -> Fraction:
     return Fraction(str(recipe.weights.kept))
 
 
-def plan(recipe: CompressionRecipe, source: Source, shares: Shares | None = None) -> RankPlan:
+def plan(
+    recipe: CompressionRecipe,
+    source: Source,
+    shares: Shares | None = None,
+    measured: CacheEvidence | None = None,
+) -> RankPlan:
     """What the recipe does to the model.
 
-    Without `shares` an allocator that must measure first is planned like uniform, and the plan
-    says so. Raises RecipeError if the recipe asks for layers, ranks or positions that the model
-    does not have, for ranks of a method that has none, or for nothing at all.
+    Without `shares` an allocator that must measure first is planned like uniform, without
+    `measured` a K/V budget that must, on a guess; the plan says so. Raises RecipeError if the
+    recipe asks for layers, ranks or positions that the model does not have, for ranks of a method
+    that has none, or for nothing at all.
     """
     config = source.config
     problems = recipe.kv.problems(
@@ -101,7 +108,11 @@ def plan(recipe: CompressionRecipe, source: Source, shares: Shares | None = None
             shares = allocator.shares(
                 kept_of(recipe), Evidence(seen, rank_multiple=recipe.weights.rank_multiple)
             )
-    matrices, caches = _planned(recipe, source, layers, shares)
+    if recipe.kv.measures and measured is None:
+        warnings.append(
+            "the K/V budget measures before it decides; the tiers shown are of a geometric spectrum"
+        )
+    matrices, caches = _planned(recipe, source, layers, shares, measured)
     replaced = {f"{path}.weight" for path, matrix in matrices.items() if matrix.module}
     made = RankPlan(
         dtype=source.dtype,
@@ -151,7 +162,11 @@ def accepts(method: type[Method], asks: frozenset[Asks]) -> bool:
 
 
 def _planned(
-    recipe: CompressionRecipe, source: Source, layers: Sequence[Layer], shares: Shares
+    recipe: CompressionRecipe,
+    source: Source,
+    layers: Sequence[Layer],
+    shares: Shares,
+    measured: CacheEvidence | None,
 ) -> tuple[dict[str, MatrixPlan], dict[str, CachePlan]]:
     method, dense = recipe.weights.method, recipe.weights.kept == 1
     matrices: dict[str, MatrixPlan] = {}
@@ -161,6 +176,8 @@ def _planned(
         source.config.num_key_value_heads,
         head_dim(source.config),
         recipe.kv,
+        source.item_bytes,
+        measured,
     )
     for layer in layers:
         of_layer = {path: shares[path] for path in layer.shapes}

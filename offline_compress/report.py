@@ -67,7 +67,7 @@ def plan_tables(plan: RankPlan) -> Iterator[Table | Text]:
         )
     yield matrices
     caches = Table(
-        *("attention", "mode", "KV heads a latent", "k_rank", "v_rank"),
+        *("attention", "mode", "KV heads a latent", "keys", "values"),
         *("KV bytes per token", "why dense"),
     )
     for path, cache in plan.caches.items():
@@ -76,9 +76,9 @@ def plan_tables(plan: RankPlan) -> Iterator[Table | Text]:
             path,
             ranks.mode if ranks else "dense",
             str(ranks.group if ranks else "-"),
-            str(ranks.k_rank if ranks else "-"),
-            str(ranks.v_rank if ranks else "-"),
-            f"{cache.channels * plan.item_bytes} of {cache.dense_channels * plan.item_bytes}",
+            ranks.label("key") if ranks else "-",
+            ranks.label("value") if ranks else "-",
+            f"{cache.bytes(plan.item_bytes)} of {cache.dense_bytes(plan.item_bytes)}",
             cache.reason or "",
         )
     yield caches

@@ -281,8 +281,9 @@ class Sweep:
             )
 
         states = self.streams.compressed
-        bases = own or kv.project(observe(states, self.streams.calibrating()), projection)
-        bases = bases.to(source.torch_dtype).map(self.streams.workers.of_first)
+        dtype = source.torch_dtype
+        bases = own or kv.project(observe(states, self.streams.calibrating()), projection, dtype)
+        bases = bases.to(dtype).map(self.streams.workers.of_first)
         k_error, v_error = kv.kv_error(observe(states, self.streams.held_out()), bases)
         reference.install_kv(compressed, source.family, path, bases)
         return bases, CacheError(k_error=k_error, v_error=v_error)

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from benchmarks.machine import machine
 from benchmarks.offline import variants
+from benchmarks.offline.caches import CacheGrid, quantised_point
 from benchmarks.offline.compare import Scored
 from benchmarks.offline.plots import plot
-from benchmarks.offline.points import Point, cache_recipe, measure, recipe_of
+from benchmarks.offline.points import Point, measure, recipe_of
 from benchmarks.offline.reference_model import train
 from benchmarks.offline.results import Archive, Quality, write
 from benchmarks.offline.tasks import Tasks
@@ -45,6 +46,11 @@ def quality(
     kv_mode: Annotated[list[str] | None, typer.Option()] = None,
     kv_kept: Annotated[list[float] | None, typer.Option()] = None,
     kv_group: Annotated[list[int] | None, typer.Option(min=1, help="KV heads a latent")] = None,
+    kv_store: Annotated[list[str] | None, typer.Option(help="model, int8, int4, tiers")] = None,
+    kv_allocator: Annotated[list[str] | None, typer.Option(help="uniform, measured")] = None,
+    kv_quantised: Annotated[
+        list[str] | None, typer.Option(help="a dense cache in int8, int4 or int2 as well")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1)] = 64,
     context: Annotated[int, typer.Option(min=2)] = 512,
     batch: Annotated[int, typer.Option(min=1)] = 8,
@@ -60,8 +66,8 @@ def quality(
 ) -> None:
     """Compress MODEL in every way asked for and compare each with the dense model on every --text.
 
-    --text, --method, --kept, --kv-mode, --kv-kept, --kv-group and --task may be repeated. With
-    --kv-mode and no --method only the cache is compressed. Points already in --out that were
+    --text, --method, --kept, --task and all of --kv-... may be repeated. With --kv-mode and no
+    --method only the cache is compressed. Points already in --out that were
     measured with the same recipe, model, texts and tasks are not measured again.
     """
     try:
@@ -72,9 +78,14 @@ def quality(
             out,
             method,
             kept or [0.8, 0.6, 0.4, 0.2],
-            kv_mode or [],
-            kv_kept or [0.5, 0.25],
-            kv_group or [1],
+            CacheGrid(
+                kv_mode or [],
+                kv_kept or [0.5, 0.25],
+                kv_group or [1],
+                kv_store or ["model"],
+                kv_allocator or ["uniform"],
+                kv_quantised or [],
+            ),
             samples,
             context,
             batch,
@@ -94,9 +105,7 @@ def _quality(
     out: Path | None,
     method: list[str] | None,
     kept: list[float],
-    kv_mode: list[str],
-    kv_kept: list[float],
-    kv_group: list[int],
+    caches: CacheGrid,
     samples: int,
     context: int,
     batch: int,
@@ -105,23 +114,15 @@ def _quality(
     tasks: Tasks,
 ) -> None:
     how = {"text": str(calibration), "samples": samples, "context": context}
-    caches_only = method is None and bool(kv_mode)
+    caches_only = method is None and bool(caches.modes or caches.quantised)
     wanted = [] if caches_only else list(variants.chosen(method, base).items())
     recipes = [
         (name, share, recipe_of(weights, share, **how))
         for share in kept
         for name, weights in wanted
     ]
-    recipes += [
-        (
-            f"kv {mode}" if group == 1 else f"kv {mode} group {group}",
-            share,
-            cache_recipe(mode, share, group, **how),
-        )
-        for mode in kv_mode
-        for group in kv_group
-        for share in kv_kept
-    ]
+    recipes += caches.recipes(how)
+    baselines = caches.baselines()
     for _, _, recipe in recipes:  # before anything is loaded
         parse(recipe, "the command line")
     names = _names(text)
@@ -146,6 +147,11 @@ def _quality(
     with progress_bars(Console(stderr=True)) as progress:
         exact = {scored.name: scored.compare(dense, dense, batch, progress) for scored in texts}
         exact_tasks = tasks.scores(dense, tokenizer, batch)
+        whole = sum(map(source.bytes_of, source.shapes))
+        points += [
+            quantised_point(store, model, dense, whole, source.item_bytes, texts, batch, progress)
+            for store in baselines
+        ]
         for number, (name, share, recipe) in enumerate(recipes):
             key = _key(name, share, [recipe, *facts])
             point = archive.load(key) if archive else None
@@ -174,7 +180,7 @@ def _quality(
     found = Quality(
         model=model.resolve().name,
         parameters=sum(parameter.numel() for parameter in dense.parameters()),
-        checkpoint_bytes=sum(map(source.bytes_of, source.shapes)),
+        checkpoint_bytes=whole,
         calibration=calibration.name,
         calibration_tokens=corpus.calibration.numel(),
         context=context,

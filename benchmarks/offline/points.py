@@ -76,15 +76,6 @@ def recipe_of(weights: Mapping[str, Any], kept: float, **calibration: Any) -> di
     }
 
 
-def cache_recipe(mode: str, kept: float, group: int, **calibration: Any) -> dict[str, Any]:
-    """A recipe that compresses the K/V cache alone, `group` KV heads to a latent."""
-    return {
-        "weights": {"kept": 1.0},
-        "kv": {"kept": kept, "mode": mode, "group": group},
-        "calibration": calibration,
-    }
-
-
 def measure(
     name: str,
     kept: float,

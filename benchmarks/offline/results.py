@@ -36,12 +36,22 @@ class Quality(BaseModel):
         """One row a point, in the order they were asked for."""
         table = Table(title=f"{self.model}: {self.checkpoint_bytes:,} bytes dense")
         table.add_column("method")
-        for column in ("kept", "bytes", *self._columns(), "error", "predicted", "s", "MiB"):
+        for column in (
+            "kept",
+            "bytes",
+            "KV bytes",
+            *self._columns(),
+            "error",
+            "predicted",
+            "s",
+            "MiB",
+        ):
             table.add_column(column, justify="right")
         table.add_row(
             "dense",
             "1",
             f"{self.checkpoint_bytes:,}",
+            "",
             *self._cells(self.dense, self.dense_tasks),
             "0",
             "0",
@@ -54,6 +64,7 @@ class Quality(BaseModel):
                 point.method,
                 f"{point.kept:g}",
                 f"{point.checkpoint_bytes:,}",
+                f"{point.kv_bytes_per_token:,}",
                 *self._cells(point.texts, point.tasks),
                 _error(point.held_out),
                 _error(point.predicted),
@@ -64,14 +75,24 @@ class Quality(BaseModel):
 
     def markdown(self) -> str:
         """The same table, in Markdown."""
-        head = ["method", "kept", "checkpoint bytes", *self._columns(), "output error", "seconds"]
+        kv = "KV bytes per token"
+        head = [
+            "method",
+            "kept",
+            "checkpoint bytes",
+            kv,
+            *self._columns(),
+            "output error",
+            "seconds",
+        ]
         scores = self._cells(self.dense, self.dense_tasks)
-        rows = [["dense", "1", f"{self.checkpoint_bytes:,}", *scores, "0", ""]]
+        rows = [["dense", "1", f"{self.checkpoint_bytes:,}", "", *scores, "0", ""]]
         rows += [
             [
                 point.method,
                 f"{point.kept:g}",
                 f"{point.checkpoint_bytes:,}",
+                f"{point.kv_bytes_per_token:,}",
                 *self._cells(point.texts, point.tasks),
                 _error(point.held_out),
                 f"{point.seconds:.0f}",

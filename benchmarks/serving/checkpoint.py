@@ -12,6 +12,7 @@ from benchmarks.serving.errors import BenchmarkError
 from benchmarks.serving.results import Quality
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_STORED_BITS = {"fp8_e4m3": 8, "int8": 8, "int4": 4, "int2": 2}
 
 
 def weight_bytes(directory: Path) -> int:
@@ -20,14 +21,14 @@ def weight_bytes(directory: Path) -> int:
 
 
 def kv_bytes_per_token(directory: Path) -> int:
-    """Exact bytes of K and V of one token over all layers, in the checkpoint's dtype.
+    """Exact bytes of K and V of one token over all layers, in the checkpoint's dtype or in tiers.
 
     Raises BenchmarkError where config.json lacks a field or holds one that is not accepted.
     """
     config = read_config(directory)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     try:
-        return _channels(config) * _DTYPE_BYTES[dtype]
+        return _cached_bytes(config, _DTYPE_BYTES[dtype])
     except (AttributeError, KeyError, TypeError) as error:
         problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         if dtype not in _DTYPE_BYTES:
@@ -38,17 +39,25 @@ def kv_bytes_per_token(directory: Path) -> int:
         ) from None
 
 
-def _channels(config: dict[str, Any]) -> int:
-    """K and V channels of one token over all layers."""
+def _cached_bytes(config: dict[str, Any], item_bytes: int) -> int:
+    """K and V of one token over all layers."""
     layers = config["num_hidden_layers"]
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     projected = (config.get("quantization_config") or {}).get("kv") or {}
-    channels = sum(
-        layer["num_kv_heads"] // layer.get("group", 1) * (layer["k_rank"] + layer["v_rank"])
+    latents = sum(
+        layer["num_kv_heads"] // layer.get("group", 1) * _latent_bytes(layer, item_bytes)
         for layer in projected.values()
     )
-    return int(channels + (layers - len(projected)) * heads * 2 * head_dim)
+    return int(latents + (layers - len(projected)) * heads * 2 * head_dim * item_bytes)
+
+
+def _latent_bytes(layer: dict[str, Any], item_bytes: int) -> int:
+    """Of one token and group; every tier has a scale of one byte."""
+    tiers = [*layer.get("k_tiers", ()), *layer.get("v_tiers", ())]
+    if not tiers:
+        return int((layer["k_rank"] + layer["v_rank"]) * item_bytes)
+    return sum(tier["channels"] * _STORED_BITS[tier["store"]] // 8 + 1 for tier in tiers)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

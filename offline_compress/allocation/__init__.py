@@ -18,7 +18,9 @@ from offline_compress.allocation.allocator import (
     Shares,
 )
 from offline_compress.allocation.block_influence import BlockInfluence
-from offline_compress.allocation.caches import plan_caches
+from offline_compress.allocation.cache_allocator import PROBE_WINDOWS, CacheEvidence
+from offline_compress.allocation.cache_menu import lost_energy
+from offline_compress.allocation.caches import plan_caches, probe_of
 from offline_compress.allocation.knapsack import Knapsack
 from offline_compress.allocation.kv_budget import Kept, KVBudget, LayerOverride
 from offline_compress.allocation.learned import Learned
@@ -44,10 +46,12 @@ ALLOCATORS: dict[str, type[Allocator]] = {
 __all__ = [
     "ALLOCATORS",
     "LOSS_WINDOWS",
+    "PROBE_WINDOWS",
     "Allocator",
     "AllocatorConfig",
     "Asks",
     "BlockInfluence",
+    "CacheEvidence",
     "CachePlan",
     "CalibrationCost",
     "Evidence",
@@ -67,5 +71,7 @@ __all__ = [
     "TruncationLoss",
     "Uniform",
     "WaterFilling",
+    "lost_energy",
     "plan_caches",
+    "probe_of",
 ]

@@ -1,11 +1,13 @@
 """How many K/V channels a recipe lets each attention layer cache."""
 
+from collections.abc import Iterator
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
-from vllm_svd.format import Mode
+from offline_compress.allocation.cache_menu import CacheStore
+from vllm_svd.format import BITS, SCALE_BYTES, Mode
 
 Kept = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
@@ -21,11 +23,14 @@ class LayerOverride(BaseModel):
 
 
 class KVBudget(BaseModel):
-    """`kept` is the fraction of K/V channels that stay; null leaves the cache dense.
+    """`kept` is the fraction of the dense cache's bytes that stay; null leaves the cache dense.
 
     `k_kept` and `v_kept` override it for keys and values. `group` neighbouring KV heads share a
-    latent, whose ranks are rounded to the nearest multiple of `rank_multiple`, at least one and at
-    most all channels of the group.
+    latent. `store` is what its channels are stored as: the model's dtype, one of fewer bits, or
+    `tiers` of them. Ranks, and the channels of tiers, are multiples of `rank_multiple`, at least
+    one and at most all channels of the group: the nearest in the model's dtype, else the most that
+    fit. The allocator `measured` spends the bytes over layers, keys and values by the KL to the
+    dense model that they save.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,6 +40,8 @@ class KVBudget(BaseModel):
     k_kept: Kept | None = None
     v_kept: Kept | None = None
     group: PositiveInt = 1
+    store: CacheStore = "model"
+    allocator: Literal["uniform", "measured"] = "uniform"
     rank_multiple: PositiveInt = 8
     layers: dict[NonNegativeInt, LayerOverride] = {}
 
@@ -43,15 +50,26 @@ class KVBudget(BaseModel):
         override = self.layers.get(layer)
         return (override and override.mode) or self.mode
 
-    def ranks(self, layer: int, head_dim: int) -> tuple[int, int] | None:
+    @property
+    def measures(self) -> bool:
+        """Whether the model must be measured before latents have their sizes."""
+        return self.kept is not None and (self.store == "tiers" or self.allocator == "measured")
+
+    def sizes(self, head_dim: int, item_bytes: int) -> tuple[float, float]:
+        """Bytes of one key and of one value latent that the shares allow."""
+        dense = self.group * head_dim * item_bytes
+        k_share, v_share = self._shares()
+        return float((k_share or 1) * dense), float((v_share or 1) * dense)
+
+    def ranks(self, layer: int, head_dim: int, item_bytes: int) -> tuple[int, int] | None:
         """(k_rank, v_rank) of the groups of a layer by its index; None where its cache is dense."""
         override = self.layers.get(layer, LayerOverride())
         given = (override.k_rank, override.v_rank)
-        shares = (self.k_kept or self.kept, self.v_kept or self.kept)
+        shares = self._shares()
         if not any(given) and not any(shares):
             return None
         k_rank, v_rank = (
-            rank or self._rounded(share, self.group * head_dim)
+            rank or self._rounded(share, self.group * head_dim, item_bytes)
             for rank, share in zip(given, shares, strict=True)
         )
         return k_rank, v_rank
@@ -61,6 +79,7 @@ class KVBudget(BaseModel):
         found = []
         if kv_heads % self.group:
             found.append(f"kv.group: {self.group} does not divide the model's {kv_heads} KV heads")
+        found += self._contradictions()
         for index, override in sorted(self.layers.items()):
             where = f"kv.layers.{index}"
             if index >= layers:
@@ -71,8 +90,40 @@ class KVBudget(BaseModel):
                     found.append(f"{where}.{name}: {rank} exceeds the head size {of}")
         return found
 
-    def _rounded(self, kept: float | None, channels: int) -> int:
-        if kept is None:
-            return channels
-        multiples = round(Fraction(str(kept)) * channels / self.rank_multiple)
-        return min(channels, self.rank_multiple * max(1, multiples))
+    def _contradictions(self) -> Iterator[str]:
+        quantised = self.store != "model"
+        if quantised and self.rank_multiple % 4:
+            yield (
+                f"kv.rank_multiple: {self.rank_multiple} was given; with kv.store {self.store} "
+                "accepted are multiples of 4, whole bytes of codes"
+            )
+        for index, layer in sorted(self.layers.items()):
+            if quantised and any((rank or 0) % 4 for rank in (layer.k_rank, layer.v_rank)):
+                yield (
+                    f"kv.layers.{index}: with kv.store {self.store} accepted are ranks that are "
+                    "multiples of 4, whole bytes of codes"
+                )
+        if quantised and self.kept is None:
+            yield f"kv.store: {self.store} was given, and kv.kept is null: the cache stays dense"
+        if self.measures and any(layer.k_rank or layer.v_rank for layer in self.layers.values()):
+            yield "kv.layers: ranks were given for layers whose ranks are measured"
+        if self.allocator == "measured" and (self.k_kept or self.v_kept):
+            yield "kv.k_kept, kv.v_kept: the measured allocator divides kv.kept itself"
+        if self.allocator == "measured" and self.kept is None:
+            yield "kv.allocator: measured was given, and kv.kept is null: the cache stays dense"
+
+    def _shares(self) -> tuple[Fraction | None, Fraction | None]:
+        """In decimals, as the user wrote them."""
+        k_share, v_share = self.k_kept or self.kept, self.v_kept or self.kept
+        return (
+            None if k_share is None else Fraction(str(k_share)),
+            None if v_share is None else Fraction(str(v_share)),
+        )
+
+    def _rounded(self, kept: Fraction | None, channels: int, item_bytes: int) -> int:
+        step, share = self.rank_multiple, Fraction(1) if kept is None else kept
+        if self.store == "model" or self.store == "tiers":
+            return min(channels, step * max(1, round(share * channels / step)))
+        bits = (share * channels * item_bytes - SCALE_BYTES) * 8
+        fitting = int(bits // (BITS[self.store] * step))
+        return step * max(1, min(fitting, channels // step))

@@ -1,5 +1,6 @@
 """RankPlan: what will be done to every matrix and every cache, before anything is computed."""
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
@@ -41,21 +42,22 @@ class CachePlan(_Frozen):
     projection: KVProjection | None = None
     reason: str | None = None
 
-    @property
-    def dense_channels(self) -> int:
-        """K and V channels of one token, over all KV heads."""
-        return 2 * self.num_kv_heads * self.head_dim
+    def dense_bytes(self, item_bytes: int) -> int:
+        """K and V of one token, over all KV heads."""
+        return 2 * self.num_kv_heads * self.head_dim * item_bytes
 
-    @property
-    def channels(self) -> int:
-        return self.projection.channels_per_token if self.projection else self.dense_channels
+    def bytes(self, item_bytes: int) -> int:
+        """What the cache holds of one token."""
+        if self.projection is None:
+            return self.dense_bytes(item_bytes)
+        return self.projection.bytes_per_token(item_bytes)
 
     @property
     def basis_parameters(self) -> int:
         """Entries of k_down, k_up, v_down and v_up."""
         if self.projection is None:
             return 0
-        return 2 * self.head_dim * self.projection.group * self.channels
+        return sum(math.prod(basis.shape) for basis in self.projection.tensors("").values())
 
 
 class CalibrationCost(_Frozen):
@@ -145,8 +147,6 @@ class RankPlan(_Frozen):
             linear_kept=kept / dense if dense else 1.0,
             checkpoint_bytes_dense=self.source_bytes,
             checkpoint_bytes=made + bases * item + self.copied_bytes,
-            kv_bytes_per_token_dense=self.item_bytes
-            * sum(plan.dense_channels for plan in self.caches.values()),
-            kv_bytes_per_token=self.item_bytes
-            * sum(plan.channels for plan in self.caches.values()),
+            kv_bytes_per_token_dense=sum(plan.dense_bytes(item) for plan in self.caches.values()),
+            kv_bytes_per_token=sum(plan.bytes(item) for plan in self.caches.values()),
         )

@@ -13,13 +13,20 @@ the dropped eigenvalues. Only the row space of P matters to the cache:
 optimum for every metric once `down` is fixed, and at full rank N is empty, so up = down^T exactly.
 """
 
+from collections.abc import Sequence
+
 import torch
 
+from offline_compress.kv.rotation import rotation
+from offline_compress.linalg import relative_noise
 from vllm_svd.errors import SvdError
+from vllm_svd.format import Tier
 
 # Below this fraction of its largest eigenvalue the metric says "calibration never read this
 # direction"; held at the floor, such directions are ranked by their energy in C instead.
 _METRIC_FLOOR = 1e-10
+# Noise of one size under the metric is the larger the less a direction is read: at most 100 times.
+_NOISY_METRIC_FLOOR = 1e-4
 # Fractions of mean(diag C). Never zero: a pivot made of rounding noise would pass the Cholesky.
 _DAMPING = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 
@@ -40,13 +47,66 @@ def solve(
     return down.mT + dropped.mT @ _regression(dropped, down, second_moment), down
 
 
+def energies(metric: torch.Tensor, second_moment: torch.Tensor) -> torch.Tensor:
+    """Eigenvalues [d] of M^(1/2) C M^(1/2), descending: what each channel of solve_tiers holds."""
+    metric, second_moment = _symmetric(metric, "metric"), _symmetric(second_moment, "second moment")
+    values, _ = _principal(metric, second_moment)
+    return values if metric.any() else torch.zeros_like(values)
+
+
+def solve_tiers(
+    metric: torch.Tensor,
+    second_moment: torch.Tensor,
+    tiers: Sequence[Tier],
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(up [d, r], down [r, d]) in fp64 of a latent whose channels are stored in `tiers`.
+
+    The space is that of `solve`; within it the coordinates are orthonormal under M and
+    uncorrelated, strongest first, so that noise costs the same along each, and tiers meet channels
+    of like energy. Every tier is rotated (rotation.py) and scaled to unit mean square. `down` is
+    rounded to `dtype` before `up` regresses on it: what rounding does to a latent is not lost.
+    Raises SvdError like `solve`.
+    """
+    metric, second_moment = _symmetric(metric, "metric"), _symmetric(second_moment, "second moment")
+    values, down = _principal(metric, second_moment)
+    rows, first = [], 0
+    for tier in tiers:
+        mine = slice(first, first + tier.channels)
+        scale = values[mine].mean().sqrt()
+        rotated = rotation(tier.channels).to(down) @ down[mine]
+        rows.append(rotated / scale if scale > 0 else rotated)
+        first += tier.channels
+    latent = torch.cat(rows).to(dtype).double()
+    identity = torch.eye(len(metric), dtype=torch.float64)
+    return _regression(identity, latent, second_moment), latent
+
+
 def weighted_error(
-    metric: torch.Tensor, second_moment: torch.Tensor, up: torch.Tensor, down: torch.Tensor
+    metric: torch.Tensor,
+    second_moment: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    tiers: Sequence[Tier] = (),
 ) -> float:
-    """tr(M E C E^T) / tr(M C) with E = I - up down; leading dimensions (heads) are summed over."""
+    """tr(M E C E^T) / tr(M C) with E = I - up down; leading dimensions (heads) are summed over.
+
+    With `tiers` also the noise of storing the latent: independent of it, of the same size in all
+    channels of a tier.
+    """
     metric, second_moment = metric.double(), second_moment.double()
-    error = torch.eye(metric.shape[-1], dtype=torch.float64) - up.double() @ down.double()
+    up, down = up.double(), down.double()
+    error = torch.eye(metric.shape[-1], dtype=torch.float64) - up @ down
     lost = torch.sum((metric @ error) * (error @ second_moment))
+    if tiers:
+        held = torch.sum((down @ second_moment) * down, dim=-1)  # E[z^2], [..., r]
+        read = torch.sum((metric @ up) * up, dim=-2)
+        widths = [tier.channels for tier in tiers]
+        for tier, energy, weight in zip(
+            tiers, torch.split(held, widths, -1), torch.split(read, widths, -1), strict=True
+        ):
+            noise = relative_noise(tier.store, tier.channels) * energy.mean(-1, keepdim=True)
+            lost = lost + torch.sum(noise * weight)
     total = torch.sum(metric * second_moment)
     return float(lost / total) if total > 0 else 0.0
 
@@ -61,12 +121,24 @@ def _symmetric(matrix: torch.Tensor, name: str) -> torch.Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def _square_root(metric: torch.Tensor) -> torch.Tensor:
+def _principal(
+    metric: torch.Tensor, second_moment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Energies [d], descending, and rows [d, d] of M-orthonormal, uncorrelated coordinates."""
+    root = _square_root(metric, _NOISY_METRIC_FLOOR)
+    largest = metric.diagonal().max()
+    values, vectors = torch.linalg.eigh(root @ second_moment @ root)
+    # root is of the metric over its largest eigenvalue; energies are in the metric's own units
+    scale = torch.linalg.matrix_norm(metric, 2) if largest > 0 else torch.ones(())
+    return values.flip(0).clamp_min(0) * scale, vectors.flip(-1).mT @ root * scale.sqrt()
+
+
+def _square_root(metric: torch.Tensor, floor: float = _METRIC_FLOOR) -> torch.Tensor:
     eigenvalues, vectors = torch.linalg.eigh(metric)
     largest = eigenvalues[-1]
     if largest <= 0:  # nothing reads this head: every direction counts the same
         return torch.eye(len(metric), dtype=torch.float64)
-    relative = (eigenvalues / largest).clamp_min(_METRIC_FLOOR)
+    relative = (eigenvalues / largest).clamp_min(floor)
     root: torch.Tensor = (vectors * relative.sqrt()) @ vectors.mT
     return root
 

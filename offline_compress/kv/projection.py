@@ -1,14 +1,14 @@
 """K/V channel projections of one attention layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 
-from offline_compress.kv.basis import solve, weighted_error
+from offline_compress.kv.basis import energies, solve, solve_tiers, weighted_error
 from offline_compress.kv.statistics import KVStatistics
 from vllm_svd.errors import SvdError
-from vllm_svd.format import KVProjection
+from vllm_svd.format import KVProjection, Tier
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,10 @@ class KVBases:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "config"}
 
 
-def project(statistics: KVStatistics, config: KVProjection) -> KVBases:
-    """The optimal bases of every group, in fp64.
+def project(
+    statistics: KVStatistics, config: KVProjection, dtype: torch.dtype = torch.float64
+) -> KVBases:
+    """The optimal bases of every group, in fp64; of tiers, for bases that will be kept in `dtype`.
 
     Raises SvdError if the statistics were collected for another mode or another shape.
     """
@@ -54,10 +56,24 @@ def project(statistics: KVStatistics, config: KVProjection) -> KVBases:
             f"cannot serve a projection of mode {wanted[0]}, {wanted[1]} groups of {wanted[2]}\n"
             "Remedy: collect the statistics again for this projection"
         )
-    k_up, k_down = _solved(statistics.query_metric, statistics.key_moment, config.k_rank)
-    v_up, v_down = _solved(statistics.output_metric, statistics.value_moment, config.v_rank)
+    k_up, k_down = _solved(
+        statistics.query_metric, statistics.key_moment, config.k_rank, config.k_tiers, dtype
+    )
+    v_up, v_down = _solved(
+        statistics.output_metric, statistics.value_moment, config.v_rank, config.v_tiers, dtype
+    )
     k_up, v_up = (up.view(config.num_kv_heads, config.head_dim, -1) for up in (k_up, v_up))
     return KVBases(config, k_down, k_up, v_down, v_up)
+
+
+def channel_energies(statistics: KVStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+    """Energies [g d] of the key's and of the value's channels, strongest first, over all groups."""
+    key = zip(statistics.query_metric, statistics.key_moment, strict=True)
+    value = zip(statistics.output_metric, statistics.value_moment, strict=True)
+    return (
+        torch.stack([energies(*group) for group in key]).sum(0),
+        torch.stack([energies(*group) for group in value]).sum(0),
+    )
 
 
 def kv_error(statistics: KVStatistics, bases: KVBases) -> tuple[float, float]:
@@ -66,14 +82,31 @@ def kv_error(statistics: KVStatistics, bases: KVBases) -> tuple[float, float]:
         up.reshape(bases.config.groups, -1, up.shape[2]) for up in (bases.k_up, bases.v_up)
     )
     return (
-        weighted_error(statistics.query_metric, statistics.key_moment, k_up, bases.k_down),
-        weighted_error(statistics.output_metric, statistics.value_moment, v_up, bases.v_down),
+        weighted_error(
+            statistics.query_metric,
+            statistics.key_moment,
+            k_up,
+            bases.k_down,
+            bases.config.k_tiers,
+        ),
+        weighted_error(
+            statistics.output_metric,
+            statistics.value_moment,
+            v_up,
+            bases.v_down,
+            bases.config.v_tiers,
+        ),
     )
 
 
 def _solved(
-    metrics: torch.Tensor, second_moments: torch.Tensor, rank: int
+    metrics: torch.Tensor,
+    second_moments: torch.Tensor,
+    rank: int,
+    tiers: Sequence[Tier],
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    solved = [solve(*head, rank) for head in zip(metrics, second_moments, strict=True)]
+    heads = zip(metrics, second_moments, strict=True)
+    solved = [solve_tiers(*head, tiers, dtype) if tiers else solve(*head, rank) for head in heads]
     ups, downs = zip(*solved, strict=True)
     return torch.stack(ups), torch.stack(downs)

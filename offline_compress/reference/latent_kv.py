@@ -1,6 +1,8 @@
 """K/V channel projections inside a transformers model: keys and values pass through the latent."""
 
 import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -11,7 +13,9 @@ from transformers.masking_utils import sdpa_mask
 
 from offline_compress.families import Family
 from offline_compress.kv.projection import KVBases
+from vllm_svd.codec import stored
 from vllm_svd.errors import SvdError
+from vllm_svd.format import Side, Tier
 
 ATTENTION = "svd_latent_sdpa"
 
@@ -19,7 +23,8 @@ ATTENTION = "svd_latent_sdpa"
 class LatentKV(nn.Module):
     """The bases of one attention layer: buffers named as in the checkpoint.
 
-    The cache of a server holds `down @ k` and `down @ v`; here both are expanded at once, which
+    The cache of a server holds `down @ k` and `down @ v`, in as many bits as its tiers say; here
+    both are expanded at once, which
     is the same function of the hidden states (the value's expansion is linear, so it commutes
     with the attention weights).
     """
@@ -27,16 +32,17 @@ class LatentKV(nn.Module):
     def __init__(self, bases: KVBases) -> None:
         super().__init__()
         self.post = bases.config.mode == "post"
+        self.k_tiers, self.v_tiers = bases.config.k_tiers, bases.config.v_tiers
         self.k_down, self.k_up = nn.Buffer(bases.k_down), nn.Buffer(bases.k_up)
         self.v_down, self.v_up = nn.Buffer(bases.v_down), nn.Buffer(bases.v_up)
 
     def pass_key(self, _module: nn.Module, _inputs: Any, key: torch.Tensor) -> torch.Tensor:
         """Forward hook: the key before RoPE, through its latent."""
-        return _through(key, self.k_down, self.k_up)
+        return _through(key, self.k_down, self.k_up, self.k_tiers)
 
     def pass_value(self, _module: nn.Module, _inputs: Any, value: torch.Tensor) -> torch.Tensor:
         """Forward hook: the value, through its latent."""
-        return _through(value, self.v_down, self.v_up)
+        return _through(value, self.v_down, self.v_up, self.v_tiers)
 
     def latent_query_key(
         self, query: torch.Tensor, key: torch.Tensor
@@ -47,7 +53,7 @@ class LatentKV(nn.Module):
         samples, _, tokens, size = key.shape
         by_group = key.reshape(samples, -1, group, tokens, size).transpose(2, 3)
         of_group = by_group.reshape(samples, -1, tokens, group * size)
-        latent = of_group @ self.k_down.mT
+        latent = stored(of_group @ self.k_down.mT, self.k_tiers)
         return (read @ self.k_up[:, None]).flatten(1, 2), latent.repeat_interleave(group, 1)
 
 
@@ -63,6 +69,27 @@ def install_kv(layer: nn.Module, family: Family, path: str, bases: KVBases) -> N
         raise SvdError(
             f"{path}: K/V projections are already installed\nRemedy: start from the dense model"
         )
+    _attach(layer, family, path, bases, ("key", "value"))
+
+
+@contextmanager
+def kv_installed(
+    layer: nn.Module, family: Family, path: str, bases: KVBases, side: Side
+) -> Iterator[None]:
+    """Meanwhile only the keys, or only the values, of the layer are read through `bases`."""
+    undo = _attach(layer, family, path, bases, (side,))
+    try:
+        yield
+    finally:
+        for step in undo:
+            step()
+
+
+def _attach(
+    layer: nn.Module, family: Family, path: str, bases: KVBases, sides: Sequence[Side]
+) -> list[Callable[[], object]]:
+    """Install, and return what takes it away again."""
+    attention: Any = layer.get_submodule(family.attention)
     config = bases.config
     found = (attention.config.num_key_value_heads, attention.head_dim)
     if found != (config.num_kv_heads, config.head_dim):
@@ -72,11 +99,19 @@ def install_kv(layer: nn.Module, family: Family, path: str, bases: KVBases) -> N
         )
     like = cast(torch.Tensor, layer.get_submodule("input_layernorm").weight)  # never packed
     attention.attn = latent = LatentKV(bases.to(like.dtype)).to(like.device)
-    layer.get_submodule(family.value_output).register_forward_hook(latent.pass_value)
-    if latent.post:
+    undo: list[Callable[[], object]] = [lambda: delattr(attention, "attn")]
+    hooks: list[tuple[str, Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]]] = []
+    if "value" in sides:
+        hooks.append((family.value_output, latent.pass_value))
+    if "key" in sides and latent.post:
+        before = attention.config
+        undo.append(lambda: setattr(attention, "config", before))
         _switch_attention(attention)
-    else:
-        layer.get_submodule(family.key_output).register_forward_hook(latent.pass_key)
+    elif "key" in sides:
+        hooks.append((family.key_output, latent.pass_key))
+    for module, hook in hooks:
+        undo.append(layer.get_submodule(module).register_forward_hook(hook).remove)
+    return undo
 
 
 def latent_sdpa(
@@ -104,9 +139,11 @@ def _switch_attention(attention: Any) -> None:
     attention.config._attn_implementation = ATTENTION
 
 
-def _through(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def _through(
+    x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, tiers: Sequence[Tier]
+) -> torch.Tensor:
     """up down x per group, for x [..., heads * d] or with the heads already apart."""
     groups = x.reshape(*x.shape[:2], len(down), -1)
-    latent = torch.einsum("bshd,hrd->bshr", groups, down)
+    latent = stored(torch.einsum("bshd,hrd->bshr", groups, down), tiers)
     together = up.reshape(len(down), -1, up.shape[2])
     return torch.einsum("bshr,hdr->bshd", latent, together).reshape(x.shape)

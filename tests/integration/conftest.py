@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine_cases import (
     ARTEFACTS,
+    CHUNKS,
     DEMO_MODEL,
     GROUPED,
     HEAD_DIM,
@@ -17,6 +18,7 @@ from engine_cases import (
     MIXED_RANKS,
     NAMES,
     TEST_TEXT,
+    TIERED,
     compress,
     full_rank_weights,
     projected,
@@ -62,6 +64,14 @@ def compressed(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Compres
         },
         "pre_mixed": projected("pre", MIXED_RANKS, kept=0.6),
         "post_mixed": projected("post", MIXED_RANKS, kept=0.6),
+        "pre_tiers": {
+            "weights": {"kept": 1.0},
+            "kv": {"group": 2, "kept": 0.0625, "store": "tiers", "allocator": "measured"},
+        },
+        "post_tiers": {
+            "weights": {"kept": 1.0},
+            "kv": {"mode": "post", "kept": 0.125, "store": "tiers"},
+        },
         "auto": {"weights": {"method": "auto", "kept": 0.1}, "kv": {"kept": 0.5}},
         "codebooks": {
             "weights": {"method": {"name": "gptvq", "em_iterations": 10}, "kept": 0.08},
@@ -102,10 +112,14 @@ def engines(dense: Path, compressed: Any, prompts: Any, tmp_path_factory: Any) -
         }
 
     cases = {"dense": case(dense)}
-    cases |= {name: case(compressed(name)) for name in NAMES + GROUPED + MIXED + ARTEFACTS}
-    for name in MIXED:
+    every = NAMES + GROUPED + MIXED + TIERED + ARTEFACTS
+    cases |= {name: case(compressed(name)) for name in every}
+    for name in MIXED + TIERED:
         model = compressed(name)
-        cases[f"{name}_chunked"] = case(model, max_num_batched_tokens=64, max_num_seqs=64)
+        for chunk in CHUNKS:
+            cases[f"{name}_chunks_of_{chunk}"] = case(
+                model, max_num_batched_tokens=chunk, max_num_seqs=min(chunk, 64)
+            )
         cases[f"{name}_full_pool"] = case(model, num_gpu_blocks_override=24, block_size=32)
         cases[f"{name}_compiled"] = case(model, enforce_eager=False)
         cases[f"{name}_bf16"] = case(model, dtype="bfloat16")

@@ -29,6 +29,8 @@ MAX_TOKENS = 24
 NAMES = ["weights_full", "pre_full", "post_full", "pre_half", "post_half"]
 GROUPED = ["pre_grouped", "post_grouped"]  # both KV heads in one latent
 MIXED = ["pre_mixed", "post_mixed"]
+TIERED = ["pre_tiers", "post_tiers"]  # latents in a few bits each
+CHUNKS = [16, 64, 256]
 ARTEFACTS = ["auto", "codebooks", "int8_factors", "reduced"]
 # Ranks that the native CPU kernel knows, ranks it does not, and unequal ones.
 MIXED_RANKS = [(64, 64), (32, 32), (24, 40), (48, 16), (13, 7), (40, 40)]
@@ -124,6 +126,23 @@ def run_engines(directory: Path, cases: dict[str, Any], **environment: str) -> d
     if done.returncode != 0:
         pytest.fail(f"engine worker exited {done.returncode}:\n{log.read_text()[-4000:]}")
     return dict(json.loads(result.read_text()))
+
+
+def rms(differences: torch.Tensor) -> float:
+    return float(differences.double().square().mean().sqrt())
+
+
+def apart(first: dict[str, Any], second: dict[str, Any], *kinds: str) -> torch.Tensor:
+    """Differences of log-probabilities of the first round, of these kinds."""
+    return torch.tensor(
+        [
+            a - b
+            for one, other in zip(first["rounds"][0], second["rounds"][0], strict=True)
+            for kind in kinds
+            for a, b in zip(one[kind], other[kind], strict=True)
+        ],
+        dtype=torch.float64,
+    )
 
 
 def of(engines: dict[str, Any], name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The tolerance is derived: the error against fp64 (Frobenius norm) may be at most twice that of the
 plain expression (the reference itself, in the dtype the kernel multiplies in), plus one rounding of
-the output to the tensors' dtype.
+the output to the tensors' dtype. Stored latents are what they decode to, in both.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_svd.format import Tier
 from vllm_svd.kernels.latent_attention import cpu, reference, triton
+from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = [triton] if DEVICE == "cuda" else [cpu, triton]
+
+Tiers = tuple[tuple[int, str], ...]
+"""Channels and store of each tier of one side."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +47,28 @@ def build(
     neox: bool = True,
     window: int | None = None,
     dtype: torch.dtype = torch.float32,
+    tiers: tuple[Tiers, Tiers] | None = None,
+    magnitude: float = 1.0,
     seed: int = 0,
 ) -> Case:
     """`lengths` are (query tokens, tokens in the cache) per request; unused slots hold NaN.
 
-    `shared` KV heads have one latent.
+    `shared` KV heads have one latent. Latents of one token are up to 16 times as large as those of
+    another. The ranks are those of `tiers`, if any.
     """
     g = torch.Generator().manual_seed(seed)
     rotary_dim = rotary_dim or d
     needed = [-(-length // block) for _, length in lengths]
     pages = torch.randperm(sum(needed) + 3, generator=g)
-    latents = (kv_heads // shared, k_rank + v_rank)
-    cache = torch.full((len(pages), latents[0], block, latents[1]), torch.nan)
+    layout = LatentLayout(k_rank, v_rank)
+    if tiers is not None:
+        sides = [tuple(Tier(channels=c, store=store) for c, store in side) for side in tiers]
+        ranks = [sum(tier.channels for tier in side) for side in sides]
+        layout = LatentLayout(*ranks, *sides)
+    groups, k_rank, v_rank = kv_heads // shared, layout.k_rank, layout.v_rank
+    cache = torch.full((len(pages), groups, block, layout.width), torch.nan)
+    if layout.quantised:
+        cache = torch.full_like(cache, 255, dtype=torch.uint8)  # scales that stand for NaN
     table = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
     used = 0
     for request, (_, length) in enumerate(lengths):
@@ -62,7 +77,10 @@ def build(
         table[request, : len(mine)] = mine
         for position in range(length):
             page = mine[position // block]
-            cache[page, :, position % block] = torch.randn(*latents, generator=g)
+            latents = torch.randn(groups, k_rank + v_rank, generator=g)
+            latents *= magnitude * 2 ** -(4 * torch.rand(groups, 1, generator=g))
+            written = layout.write(latents[:, :k_rank], latents[:, k_rank:])
+            cache[page, :, position % block] = written
     tokens = sum(query for query, _ in lengths)
     width = d if mode == "pre" else k_rank
     starts = torch.tensor([0, *(query for query, _ in lengths)]).cumsum(0)
@@ -71,7 +89,7 @@ def build(
     k_up = torch.randn(kv_heads, d, k_rank, generator=g).div(k_rank**0.5).to(DEVICE, dtype)
     return Case(
         torch.randn(tokens, kv_heads * group, width, generator=g).to(DEVICE, dtype),
-        cache.to(DEVICE, dtype),
+        cache.to(DEVICE, torch.uint8 if layout.quantised else dtype),
         PagedBatch(
             starts.to(DEVICE, torch.int32),
             torch.tensor([length for _, length in lengths], dtype=torch.int32, device=DEVICE),
@@ -80,7 +98,7 @@ def build(
         ),
         {
             "scale": d**-0.5,
-            "k_rank": k_rank,
+            "layout": layout,
             "k_up": k_up if mode == "pre" else None,
             "rope": rope if mode == "pre" else None,
             "sliding_window": window,
@@ -92,7 +110,7 @@ def check(kernel, *cases: Case) -> None:
     """Errors of all cases together, so that the luck of a few roundings averages out."""
     errors, plain_errors, exacts = [], [], []
     for case in cases:
-        shape = (*case.query.shape[:2], case.cache.shape[-1] - case.settings["k_rank"])
+        shape = (*case.query.shape[:2], case.settings["layout"].v_rank)
         arguments = (case.query, case.cache, case.batch)
         exact = torch.empty(shape, dtype=torch.float64, device=DEVICE)
         reference.attend(*arguments, exact, **case.settings)
@@ -110,6 +128,17 @@ def check(kernel, *cases: Case) -> None:
 
 
 RAGGED = [(1, 1), (1, 40), (7, 7), (20, 53), (1, 33), (5, 48)]
+
+THREE = ((8, "int8"), (16, "int4"), (8, "int2"))
+TIERS: list[tuple[Tiers, Tiers]] = [
+    (((16, "int8"),), ((24, "int8"),)),
+    (((40, "fp8_e4m3"),), ((4, "fp8_e4m3"),)),
+    (((32, "int4"),), ((72, "int4"),)),
+    (((4, "int2"),), ((64, "int2"),)),
+    (((8, "int8"), (24, "int4")), ((20, "int8"), (4, "int4"))),
+    (THREE, THREE),
+    (((8, "fp8_e4m3"), (8, "int2")), ((40, "int4"), (12, "int2"))),
+]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -149,6 +178,54 @@ def test_half_precision(kernel, mode):
     check(kernel, build(RAGGED, mode=mode, dtype=dtype))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mode", ["pre", "post"])
+@pytest.mark.parametrize("tiers", TIERS, ids=str)
+def test_tiers(kernel, mode, tiers):
+    check(kernel, build(RAGGED, mode=mode, tiers=tiers))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"window": 1},
+        {"window": 9, "mode": "post"},
+        {"kv_heads": 4, "shared": 2},
+        {"kv_heads": 6, "shared": 3, "mode": "post", "group": 1},
+        {"rotary_dim": 16, "neox": False},
+        {"rotary_dim": 24, "group": 17},
+    ],
+    ids=str,
+)
+def test_tiers_in_other_shapes(kernel, shape):
+    check(kernel, build(RAGGED, tiers=(THREE, ((12, "int8"), (8, "int4"))), **shape))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mode", ["pre", "post"])
+@pytest.mark.parametrize(("lengths", "magnitude"), [(RAGGED, 1.0), ([(1, 300)], 2.0**-6)])
+def test_tiers_in_half_precision(kernel, mode, lengths, magnitude):
+    """The smaller magnitude needs scales that are subnormal in fp16."""
+    dtype = torch.float16 if kernel is triton and DEVICE == "cpu" else torch.bfloat16
+    both = (THREE, ((20, "fp8_e4m3"), (4, "int4")))
+    check(kernel, build(lengths, mode=mode, tiers=both, magnitude=magnitude, dtype=dtype))
+
+
+def sides() -> st.SearchStrategy[Tiers]:
+    """Any tiers of one side: fewer bits from one to the next."""
+    stores = st.tuples(
+        st.sampled_from([None, "fp8_e4m3", "int8"]),
+        st.sampled_from([None, "int4"]),
+        st.sampled_from([None, "int2"]),
+    ).map(lambda chosen: [store for store in chosen if store])
+    return stores.filter(len).flatmap(
+        lambda some: st.tuples(
+            *(st.tuples(st.integers(1, 6).map(lambda n: 4 * n), st.just(store)) for store in some)
+        )
+    )
+
+
 @given(
     lengths=st.lists(
         st.integers(1, 70).flatmap(lambda n: st.tuples(st.integers(1, n), st.just(n))),
@@ -157,22 +234,24 @@ def test_half_precision(kernel, mode):
     ),
     mode=st.sampled_from(["pre", "post"]),
     ranks=st.tuples(st.integers(1, 32), st.integers(1, 32)),
+    tiers=st.one_of(st.none(), st.tuples(sides(), sides())),
     shared=st.sampled_from([1, 2]),
     window=st.one_of(st.none(), st.integers(1, 80)),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=10, deadline=None)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_any_batch(kernel, lengths, mode, ranks, shared, window, seed):
+def test_any_batch(kernel, lengths, mode, ranks, tiers, shared, window, seed):
     shape = {"mode": mode, "k_rank": ranks[0], "v_rank": ranks[1], "window": window}
-    shape["shared"] = shared
+    shape |= {"shared": shared, "tiers": tiers}
     check(kernel, *(build(lengths, **shape, seed=seed + more) for more in range(4)))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_shared_pages_and_any_layout(kernel):
+@pytest.mark.parametrize("tiers", [None, (THREE, THREE)], ids=str)
+def test_shared_pages_and_any_layout(kernel, tiers):
     """Two requests share their prefix pages, and the cache has heads inside slots (NHD)."""
-    case = build([(1, 48), (3, 48)])
+    case = build([(1, 48), (3, 48)], tiers=tiers)
     case.batch.block_table[1, :2] = case.batch.block_table[0, :2]
     heads_inside = case.cache.transpose(1, 2).contiguous().transpose(1, 2)
     check(kernel, Case(case.query, heads_inside, case.batch, case.settings))

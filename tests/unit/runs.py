@@ -15,7 +15,7 @@ def recipe_for(text, method="svd_llm", kept=0.5, allocator=None, kv=0.5, **calib
     return CompressionRecipe.model_validate(
         {
             "weights": {"method": method, "kept": kept, "allocator": allocator},
-            "kv": {"kept": kv},
+            "kv": kv if isinstance(kv, dict) else {"kept": kv},
             "calibration": {"text": str(text), "samples": 6, "context": 64, "device": "cpu"}
             | calibration,
             "evaluation": {"samples": 3},

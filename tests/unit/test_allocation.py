@@ -74,7 +74,7 @@ def test_every_matrix_of_a_layer_has_its_own_share():
 
 @given(kept=shares, head_dim=st.integers(1, 256), multiple=st.sampled_from([1, 8, 16]))
 def test_kv_ranks_are_near_their_share_and_within_the_head(kept, head_dim, multiple):
-    k_rank, v_rank = KVBudget(kept=kept, rank_multiple=multiple).ranks(0, head_dim)
+    k_rank, v_rank = KVBudget(kept=kept, rank_multiple=multiple).ranks(0, head_dim, 2)
     assert k_rank == v_rank
     assert 1 <= k_rank <= head_dim
     assert k_rank == head_dim or k_rank % multiple == 0
@@ -87,34 +87,34 @@ def test_keys_values_and_layers_override_the_budget():
         v_kept=0.25,
         layers={1: LayerOverride(mode="post", k_rank=9), 2: LayerOverride(k_rank=64, v_rank=64)},
     )
-    plans = plan_caches(["a", "b", "c"], 2, 64, budget)
+    plans = plan_caches(["a", "b", "c"], 2, 64, budget, 2)
     found = [(p.projection.mode, p.projection.k_rank, p.projection.v_rank) for p in plans.values()]
     assert found == [("pre", 32, 16), ("post", 9, 16), ("pre", 64, 64)]
 
 
 def test_a_cache_stays_dense_without_a_budget_and_says_why():
-    assert plan_caches(["a"], 2, 64, KVBudget(kept=None))["a"].reason == "kv.kept is null"
-    assert "saves nothing" in plan_caches(["a"], 2, 64, KVBudget(kept=1))["a"].reason
+    assert plan_caches(["a"], 2, 64, KVBudget(kept=None), 2)["a"].reason == "kv.kept is null"
+    assert "saves nothing" in plan_caches(["a"], 2, 64, KVBudget(kept=1), 2)["a"].reason
 
 
 def test_one_layer_may_be_projected_without_a_budget_for_the_rest():
     budget = KVBudget(kept=None, layers={0: LayerOverride(v_rank=16)})
-    first, second = plan_caches(["a", "b"], 2, 64, budget).values()
+    first, second = plan_caches(["a", "b"], 2, 64, budget, 2).values()
     assert (first.projection.k_rank, first.projection.v_rank) == (64, 16)
     assert second.projection is None
 
 
 def test_heads_of_a_group_share_the_ranks_of_their_channels():
     budget = KVBudget(kept=0.25, group=2, rank_multiple=16, layers={1: LayerOverride(k_rank=100)})
-    first, second = plan_caches(["a", "b"], 4, 64, budget).values()
+    first, second = plan_caches(["a", "b"], 4, 64, budget, 2).values()
     assert (first.projection.k_rank, first.projection.v_rank) == (32, 32)
-    assert first.channels == first.dense_channels / 4 == 2 * 64
+    assert first.bytes(2) == first.dense_bytes(2) / 4 == 2 * 64 * 2
     stored = first.projection.tensors("a").values()
     assert first.basis_parameters == sum(math.prod(basis.shape) for basis in stored)
     assert (second.projection.k_rank, second.projection.v_rank) == (100, 32)
     assert budget.problems(2, 4, 64) == []
     assert budget.problems(1, 3, 64)[0] == "kv.group: 2 does not divide the model's 3 KV heads"
-    whole = plan_caches(["a"], 4, 64, KVBudget(kept=1, group=2))["a"]
+    whole = plan_caches(["a"], 4, 64, KVBudget(kept=1, group=2), 2)["a"]
     assert "saves nothing" in whole.reason
 
 
@@ -151,7 +151,7 @@ def plan():
     return RankPlan(
         dtype="BF16",
         matrices=matrices | {"down": down},
-        caches=plan_caches(["attention"], 2, 32, KVBudget(kept=0.25)),
+        caches=plan_caches(["attention"], 2, 32, KVBudget(kept=0.25), 2),
         source_bytes=60_000,
         copied_bytes=1000 + 2 * 64 * 160,
         calibration=CalibrationCost(

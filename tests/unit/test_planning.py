@@ -11,7 +11,7 @@ from fractions import Fraction
 import pytest
 from safetensors.torch import load_file, save_file
 
-from offline_compress import evidence, pipeline, recovery, sweep
+from offline_compress import cache_evidence, evidence, pipeline, recovery, sweep
 from offline_compress.calibration import HiddenStates, Network
 from offline_compress.calibration.gates import GatedModel
 from offline_compress.checkpoint import inspect
@@ -25,7 +25,7 @@ from vllm_svd.format.manifest import read_header
 
 UPDATED = {"name": "svd_llm", "update": True}
 RECOVERED = {"name": "svd_llm", "recover": {"steps": 3}}
-WHOLE = ("recover=Recovery", "strs", "water_filling", "learned")  # read the whole model
+WHOLE = ("recover=Recovery", "strs", "water_filling", "learned", "measured")  # read the whole model
 
 
 def recipe_of(method="svd_llm", kept=0.6, kv=None, allocator="uniform", **windows):
@@ -168,6 +168,8 @@ def test_a_method_pays_for_the_moments_that_it_needs(source):
         ("llama", "svd_llm_v2", "truncation_loss"),
         ("llama", "svd", "block_influence"),
         ("qwen3_moe", "svd_llm", "uniform"),
+        ("llama", "svd", "caches"),
+        ("qwen3_moe", "svd", "caches"),
     ],
     ids=str,
 )
@@ -178,9 +180,10 @@ def test_the_expected_cost_is_that_of_a_run(
     source = open_source(str(tiny_checkpoint(family)))
     samples = 6 if "fwsvd" in method else 8  # 3 borders of the calibration set, or both streams
     options = {"name": "strs", "grid": [0.3, 0.6]} if allocator == "strs" else allocator
-    recipe = recipe_of(
-        method, kv={"kept": 0.5}, allocator=options, text=str(short_text), samples=samples
-    )
+    cache = {"kept": 0.5}
+    if allocator == "caches":
+        options, cache = "uniform", {"kept": 0.1, "store": "tiers", "allocator": "measured"}
+    recipe = recipe_of(method, kv=cache, allocator=options, text=str(short_text), samples=samples)
     weights = [
         sum(math.prod(s) / (2 if ".experts." in path else 1) for path, s in layer.shapes.items())
         for layer in layers_of(source)  # two of four experts see a token
@@ -216,6 +219,18 @@ def test_the_expected_cost_is_that_of_a_run(
         whole(4, model.windows[window].numel())
         return gated(model, positions, window)
 
+    def watched_hidden(model, window):
+        counted.append(2 * window.numel() * sum(weights))
+        return read(model, window)
+
+    def watched_divergence(lm_head, pairs):
+        pairs = list(pairs)
+        counted.extend(2 * 2 * len(first) * head for first, _ in pairs)
+        return divergence(lm_head, pairs)
+
+    read, divergence = cache_evidence._hidden, cache_evidence.divergence
+    monkeypatch.setattr(cache_evidence, "_hidden", watched_hidden)
+    monkeypatch.setattr(cache_evidence, "divergence", watched_divergence)
     monkeypatch.setattr(recovery, "_gradients", watched_gradients)
     monkeypatch.setattr(evidence._Losses, "_loss", watched_loss)
     monkeypatch.setattr(GatedModel, "__call__", watched_gated)
@@ -244,15 +259,19 @@ def test_the_expected_cost_is_that_of_a_run(
     cost = plan(recipe, source).calibration
     assert sum(counted) == cost.forward_operations
     assert max(hidden) == cost.hidden_bytes
-    chosen = inspect(tmp_path / "out").plan.totals.linear_bytes  # by an allocator that measures
-    planned = plan(recipe, source).totals.linear_bytes
+
+    def decided(made):  # by allocators that measure
+        bases = sum(cache.basis_parameters for cache in made.caches.values())
+        return made.totals.linear_bytes + 4 * bases
+
+    chosen, planned = decided(inspect(tmp_path / "out").plan), decided(plan(recipe, source))
     dense = [
         plan.dense_bytes(4)
         for plan in inspect(tmp_path / "out").plan.matrices.values()
         if not plan.module
     ]
     assert max(files) == cost.work_bytes - planned + chosen - sum(dense)
-    assert (cost.model_bytes > 0) == any(name in str(recipe.weights) for name in WHOLE)
+    assert (cost.model_bytes > 0) == any(name in str(recipe) for name in WHOLE)
     if method == "gfwsvd":  # beside them the moments of its outputs
         rows = [m for layer in layers_of(source)[:1] for m, _ in layer.shapes.values()]
         grams.append(max(grams) + sum(8 * m**2 for m in rows))

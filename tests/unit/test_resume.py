@@ -25,6 +25,7 @@ RECIPES = {
     "water_filling": {"method": "svd_llm", "allocator": "water_filling"},
     "auto": {"method": "auto", "kept": 0.3},
     "recover": {"method": {"name": "svd_llm", "recover": {"steps": 2}}},
+    "caches": {"kv": {"kept": 0.1, "store": "tiers", "allocator": "measured"}},
 }
 # Recipe, (stage, done) at which it dies, and what is then left to do.
 KILLED = [
@@ -36,6 +37,8 @@ KILLED = [
     ("water_filling", ("compress", 1), {"blocks": [1]}),
     ("auto", ("measure", 1), {"measured": 1, "blocks": [0, 1]}),
     ("auto", ("compress", 1), {"blocks": [1]}),
+    ("caches", ("probe caches", 2), {"measured": 1, "blocks": [0, 1]}),
+    ("caches", ("compress", 1), {"blocks": [1]}),
     ("recover", ("recover", 3), {"blocks": [0, 1]}),  # with the factors that were fine-tuned
 ]
 # Each run is a fork, so that the imports are paid for once.
@@ -111,7 +114,7 @@ def work(monkeypatch):
     """What is computed from now on."""
     done = {"gradients": 0, "measured": 0, "blocks": []}
     compress_block, gradient_moments = Sweep._compress, pipeline.gradient_moments
-    gather = pipeline.evidence.gather
+    gathers = {module: module.gather for module in (pipeline.evidence, pipeline.cache_evidence)}
 
     def block(sweep, index, *blocks):
         done["blocks"].append(index)
@@ -121,13 +124,17 @@ def work(monkeypatch):
         done["gradients"] += 1
         return gradient_moments(*arguments, **options)
 
-    def measured(*arguments):
-        done["measured"] += 1
-        return gather(*arguments)
+    def watched(gather):
+        def measured(*arguments):
+            done["measured"] += 1
+            return gather(*arguments)
+
+        return measured
 
     monkeypatch.setattr(Sweep, "_compress", block)
     monkeypatch.setattr(pipeline, "gradient_moments", gradients)
-    monkeypatch.setattr(pipeline.evidence, "gather", measured)
+    for module, gather in gathers.items():
+        monkeypatch.setattr(module, "gather", watched(gather))
     return done
 
 

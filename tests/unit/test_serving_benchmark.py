@@ -15,6 +15,7 @@ from benchmarks.serving import checkpoint, load, metrics, output, prompts, repor
 from benchmarks.serving.errors import BenchmarkError
 from benchmarks.serving.protocol import Protocol
 from benchmarks.serving.results import Comparison
+from vllm_svd.format import KVProjection
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = Path(__file__).with_name("recorded")
@@ -134,6 +135,17 @@ def test_kv_bytes_follow_the_projected_ranks(tmp_path: Path) -> None:
     config["quantization_config"] = {"kv": {"model.layers.0.self_attn": layer}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert checkpoint.kv_bytes_per_token(tmp_path) == dense - 2 * (128 - 64) * 2
+    layer |= {
+        "k_tiers": [{"channels": 8, "store": "int8"}, {"channels": 16, "store": "int4"}],
+        "v_tiers": [{"channels": 40, "store": "int2"}],
+        "group": 2,
+    }
+    tiered = KVProjection.model_validate(layer)
+    assert tiered.bytes_per_token(2) == (8 + 1) + (8 + 1) + (10 + 1)
+    config["quantization_config"] = {"kv": {"model.layers.0.self_attn": layer}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = dense * 5 // 6 + tiered.bytes_per_token(2)
+    assert checkpoint.kv_bytes_per_token(tmp_path) == expected
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:

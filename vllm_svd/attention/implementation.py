@@ -8,6 +8,7 @@ from vllm_svd.attention.metadata import LatentMetadata
 from vllm_svd.compat import AttentionImpl, RotaryEmbedding
 from vllm_svd.format import KVProjection
 from vllm_svd.kernels import latent_attention, latent_store
+from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.paged_batch import Rope
 
 
@@ -31,6 +32,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
         self.projection = projection
+        self.layout = LatentLayout.of(projection)
         self.rotary: RotaryEmbedding | None = None
 
     @property
@@ -46,8 +48,8 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write latents [tokens, KV heads, rank] to their slots."""
-        latent_store.store(key, value, kv_cache, slot_mapping)
+        """Write latents [tokens, groups, rank] to their slots."""
+        latent_store.store(key, value, kv_cache, slot_mapping, self.layout)
 
     def forward(
         self,
@@ -73,7 +75,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
             attn_metadata,
             output,
             scale=self.scale,
-            k_rank=self.projection.k_rank,
+            layout=self.layout,
             k_up=layer.k_up if rope else None,
             rope=rope,
             sliding_window=self.sliding_window,

@@ -72,11 +72,15 @@ class LatentAttention(Attention):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         """vLLM's spec of this layer, with latents in place of heads, and their sizes."""
+        projection = self.projection
+        spec = super().get_kv_cache_spec(vllm_config)
+        groups = self.num_kv_heads // projection.group
+        if not projection.k_tiers:
+            k_size, v_size = projection.k_rank, projection.v_rank
+            return replace(spec, num_kv_heads=groups, head_size=k_size, head_size_v=v_size)
+        k_size, v_size = projection.sizes(spec.dtype.itemsize)
         return replace(
-            super().get_kv_cache_spec(vllm_config),
-            num_kv_heads=self.num_kv_heads // self.projection.group,
-            head_size=self.projection.k_rank,
-            head_size_v=self.projection.v_rank,
+            spec, num_kv_heads=groups, head_size=k_size, head_size_v=v_size, dtype=torch.uint8
         )
 
 
@@ -133,6 +137,7 @@ def _native_head_size(layer: Attention, projection: KVProjection) -> bool:
     return (
         projection.mode == "post"
         and projection.group == 1
+        and not projection.k_tiers
         and projection.k_rank == projection.v_rank
         and layer.attn_backend.get_name() in NATIVE_BACKENDS
         and layer.attn_backend.supports_head_size(projection.k_rank)

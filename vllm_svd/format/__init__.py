@@ -2,22 +2,24 @@
 
 from vllm_svd.format.config import FORMAT_VERSION, QUANT_METHOD, SvdCheckpointConfig, parse, read
 from vllm_svd.format.delta import Delta
+from vllm_svd.format.kv import BITS, SCALE_BYTES, STORES, KVProjection, Mode, Side, Store, Tier
 from vllm_svd.format.linear import Stored
 from vllm_svd.format.manifest import Manifest, ShardRecord, TensorRecord, sha256
 from vllm_svd.format.modules import (
     Codebook,
-    KVProjection,
     LowRank,
     LowRankInt8,
-    Mode,
     Module,
     Reduced,
 )
 from vllm_svd.format.verify import verify
 
 __all__ = [
+    "BITS",
     "FORMAT_VERSION",
     "QUANT_METHOD",
+    "SCALE_BYTES",
+    "STORES",
     "Codebook",
     "Delta",
     "KVProjection",
@@ -28,9 +30,12 @@ __all__ = [
     "Module",
     "Reduced",
     "ShardRecord",
+    "Side",
+    "Store",
     "Stored",
     "SvdCheckpointConfig",
     "TensorRecord",
+    "Tier",
     "parse",
     "read",
     "sha256",

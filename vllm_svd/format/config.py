@@ -8,8 +8,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from vllm_svd.errors import CheckpointFormatError
+from vllm_svd.format.kv import KVProjection
 from vllm_svd.format.linear import Stored
-from vllm_svd.format.modules import KVProjection, Module
+from vllm_svd.format.modules import Module
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "svd"

@@ -2,12 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from vllm_svd.format.delta import Delta
 from vllm_svd.format.linear import Factored, Linear, Stored
-
-Mode = Literal["pre", "post"]
 
 
 class LowRank(Factored):
@@ -147,56 +145,3 @@ Module = Annotated[
     LowRank | LowRankInt8 | Codebook | Reduced | Delta,
     Field(discriminator="kind"),
 ]
-
-
-class KVProjection(BaseModel):
-    """K/V channel projections of one attention layer.
-
-    `group` neighbouring KV heads share one latent of their keys and one of their values.
-
-    `pre`: the key is projected before RoPE and rebuilt, then rotated, at attention time.
-    `post`: rotated keys and queries are projected; attention runs in k_rank channels.
-    The value is projected in both; the attention output is expanded.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    mode: Mode
-    num_kv_heads: PositiveInt
-    head_dim: PositiveInt
-    k_rank: PositiveInt
-    v_rank: PositiveInt
-    group: PositiveInt = 1
-
-    @model_validator(mode="after")
-    def _within_heads(self) -> "KVProjection":
-        if self.num_kv_heads % self.group:
-            raise ValueError(f"group {self.group} does not divide the {self.num_kv_heads} KV heads")
-        largest = self.group * self.head_dim
-        for name, rank in (("k_rank", self.k_rank), ("v_rank", self.v_rank)):
-            if rank > largest:
-                raise ValueError(f"{name} {rank} exceeds the head size; the largest is {largest}")
-        return self
-
-    @property
-    def groups(self) -> int:
-        """Latents of one token, for keys as for values."""
-        return self.num_kv_heads // self.group
-
-    @property
-    def channels_per_token(self) -> int:
-        """Cached channels of this layer for one token, over all groups."""
-        return self.groups * (self.k_rank + self.v_rank)
-
-    def tensors(self, path: str) -> dict[str, Stored]:
-        """Names and shapes of the bases of the attention module at `path`.
-
-        `down` maps the heads of a group, one after the other, to their latent, `up` it to each.
-        """
-        heads, head = self.num_kv_heads, self.head_dim
-        return {
-            f"{path}.attn.k_down": Stored((self.groups, self.k_rank, self.group * head)),
-            f"{path}.attn.k_up": Stored((heads, head, self.k_rank)),
-            f"{path}.attn.v_down": Stored((self.groups, self.v_rank, self.group * head)),
-            f"{path}.attn.v_up": Stored((heads, head, self.v_rank)),
-        }

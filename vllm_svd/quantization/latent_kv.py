@@ -19,6 +19,7 @@ from vllm_svd.compat import (
 )
 from vllm_svd.errors import CheckpointFormatError, UnsupportedModelError
 from vllm_svd.format import KVProjection
+from vllm_svd.kernels import latent_attention
 from vllm_svd.quantization.completeness import check_filled, unfilled
 
 BASES = ("k_down", "k_up", "v_down", "v_up")
@@ -64,7 +65,10 @@ class LatentKVMethod(BaseKVCacheMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raises if a basis never came, or if no rotary module was bound in mode `pre`."""
         check_filled(layer.layer_name, {name: getattr(layer, name) for name in BASES})
-        if isinstance(layer.impl, LatentImpl) and layer.impl.needs_rotary:
+        if not isinstance(layer.impl, LatentImpl):
+            return
+        latent_attention.prepare(layer.k_down.device)
+        if layer.impl.needs_rotary:
             raise UnsupportedModelError(
                 f"{layer.layer_name}: the model's rotary embedding was not found beside it",
                 "attention modules that hold `rotary_emb` and `attn`, as Llama and Qwen do",

@@ -1,17 +1,22 @@
-"""latent_attention on a CPU: requests of equal query length together, the context in tiles.
+"""latent_attention on a CPU: few query tokens compiled, many in torch, the context in tiles.
 
 All arithmetic is fp32 (CPUs without bf16 units emulate them), with the online softmax of
-FlashAttention, so memory stays bounded by one tile whatever the batch and the context.
+FlashAttention, so memory stays bounded by one tile whatever the batch and the context. Torch takes
+requests of equal query length together.
 """
 
 from collections import defaultdict
 
 import torch
 
+from vllm_svd.kernels.latent_attention import compiled
+from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
 
 # Rebuilt keys and scores of one tile should stay in the last-level cache.
 TILE_BYTES = 4 << 20
+# Query tokens of a request up to which gathering the context costs more than BLAS gains.
+FEW_TOKENS = 8
 
 
 def attend(
@@ -21,7 +26,7 @@ def attend(
     output: torch.Tensor,
     *,
     scale: float,
-    k_rank: int,
+    layout: LatentLayout,
     k_up: torch.Tensor | None,
     rope: Rope | None,
     sliding_window: int | None,
@@ -32,6 +37,25 @@ def attend(
     for request in range(len(lengths)):
         if query_length := starts[request + 1] - starts[request]:
             by_query_length[query_length].append(request)
+    if compiled.usable(query, kv_cache, k_up, rope):
+        lengths_of_few = [length for length in by_query_length if length <= FEW_TOKENS]
+        few = [request for length in lengths_of_few for request in by_query_length.pop(length)]
+        if few:
+            compiled.attend(
+                query,
+                kv_cache,
+                batch,
+                output,
+                sorted(few),
+                max(lengths_of_few),
+                scale=scale,
+                layout=layout,
+                k_up=k_up,
+                rope=rope,
+                sliding_window=sliding_window,
+            )
+    if not by_query_length:
+        return
     up = None if k_up is None else k_up.float().transpose(1, 2)
     for query_length, requests in by_query_length.items():
         # Longest first, so that the requests still alive in a tile are a prefix.
@@ -43,7 +67,7 @@ def attend(
             kv_cache,
             batch.block_table[requests],
             [lengths[request] for request in requests],
-            k_rank,
+            layout,
             up,
             rope,
             sliding_window,
@@ -55,7 +79,7 @@ def _attend_equal_queries(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     lengths: list[int],
-    k_rank: int,
+    layout: LatentLayout,
     up: torch.Tensor | None,
     rope: Rope | None,
     sliding_window: int | None,
@@ -65,7 +89,8 @@ def _attend_equal_queries(
     KV heads come first in every intermediate, so that rebuilding keys is one product per head.
     """
     requests, tokens, heads, width = query.shape
-    _, groups, size, channels = kv_cache.shape
+    groups, size = kv_cache.shape[1:3]
+    channels = layout.k_rank + layout.v_rank
     kv_heads = groups if up is None else len(up)
     group = heads // kv_heads
     queries = query.view(requests, tokens, kv_heads, group, width).permute(2, 0, 3, 1, 4)
@@ -75,7 +100,7 @@ def _attend_equal_queries(
 
     highest = queries.new_full((kv_heads, requests, group * tokens, 1), -torch.inf)
     total = torch.zeros_like(highest)
-    mixed = queries.new_zeros(kv_heads, requests, group * tokens, channels - k_rank)
+    mixed = queries.new_zeros(kv_heads, requests, group * tokens, layout.v_rank)
     first_needed = 0
     if sliding_window is not None:
         first_needed = max(0, lengths[-1] - tokens - sliding_window + 1)
@@ -87,8 +112,7 @@ def _attend_equal_queries(
         blocks = block_table[:alive, begin // size : end // size].long()
         positions = torch.arange(begin, end)
         unused = positions >= ends[:alive, None]
-        keys = _gather(kv_cache[..., :k_rank], blocks, unused)
-        values = _gather(kv_cache[..., k_rank:], blocks, unused)
+        keys, values = _gather(kv_cache, blocks, unused, layout)
         if kv_heads > groups:  # repeating once would be a copy, too
             keys, values = (z.repeat_interleave(kv_heads // groups, 0) for z in (keys, values))
         if rope is not None and up is not None:
@@ -114,10 +138,13 @@ def _attend_equal_queries(
     return result.permute(1, 3, 0, 2, 4).reshape(requests, tokens, heads, -1)
 
 
-def _gather(cache: torch.Tensor, blocks: torch.Tensor, unused: torch.Tensor) -> torch.Tensor:
-    """Latents [KV heads, requests, positions, channels] in fp32, zero in unused slots."""
-    latents = cache[blocks].permute(2, 0, 1, 3, 4).float().flatten(2, 3)
-    return latents.masked_fill_(unused[:, :, None], 0)  # slots never written may hold NaN
+def _gather(
+    cache: torch.Tensor, blocks: torch.Tensor, unused: torch.Tensor, layout: LatentLayout
+) -> list[torch.Tensor]:
+    """Both latents [groups, requests, positions, channels] in fp32, zero in unused slots."""
+    slots = cache[blocks].permute(2, 0, 1, 3, 4).flatten(2, 3)
+    # slots never written may hold NaN
+    return [z.masked_fill(unused[:, :, None], 0) for z in layout.read(slots)]
 
 
 def _rotate(x: torch.Tensor, rope: Rope, positions: torch.Tensor) -> torch.Tensor:

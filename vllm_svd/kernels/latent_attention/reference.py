@@ -2,6 +2,7 @@
 
 import torch
 
+from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
 
 
@@ -28,7 +29,7 @@ def attend(
     output: torch.Tensor,
     *,
     scale: float,
-    k_rank: int,
+    layout: LatentLayout,
     k_up: torch.Tensor | None,
     rope: Rope | None,
     sliding_window: int | None,
@@ -46,9 +47,9 @@ def attend(
             begin = 0 if sliding_window is None else max(0, end - sliding_window)
             positions = torch.arange(begin, end, device=query.device)
             blocks = batch.block_table[request, positions // size].long()
-            latents = kv_cache[blocks, :, positions % size].to(dtype)  # [keys, heads, channels]
-            by_head = latents.transpose(0, 1).repeat_interleave(kv_heads // groups, 0)
-            keys, values = by_head[..., :k_rank], by_head[..., k_rank:]
+            slots = kv_cache[blocks, :, positions % size]  # [keys, groups, width]
+            by_head = slots.transpose(0, 1).repeat_interleave(kv_heads // groups, 0)
+            keys, values = layout.read(by_head, dtype)
             if rope is not None and k_up is not None:
                 keys = rotate(keys @ k_up.to(dtype).transpose(1, 2), rope, positions)
             queries = query[token].to(dtype).view(kv_heads, group, -1)

@@ -3,16 +3,21 @@
 All query heads of a KV head share each tile, so a rebuilt key is used by the whole group. Keys are
 rebuilt in two half-rotary products, whose rows of k_up are gathered by the rotary pairing; channels
 beyond rotary_dim form a third product.
+
+A latent is read in parts (latent_tiers_triton). What keys and queries meet is cut alike, and each
+part has its own accumulator of the output, so that no channels need be interleaved. Codes are
+multiplied as the small numbers they are: their scales go to the products, or to the weights.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from vllm_svd.kernels.latent_layout import LatentLayout
+from vllm_svd.kernels.latent_tiers_triton import load_part, padded, parts_of, scale_table
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
 
 TILE = 32
-MIN_ROWS = 16  # the smallest side of tl.dot
 
 
 @triton.jit
@@ -29,6 +34,60 @@ def _request_of(query_start_ptr, block, requests, BLOCK_Q: tl.constexpr):
     return left - 1
 
 
+@triton.jit
+def _load_query(query_row, real, FIRST: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr):
+    """The channels of queries [rows, PADDED] that meet a part of the key latent."""
+    channel = tl.arange(0, PADDED)
+    return tl.load(
+        query_row[:, None] + FIRST + channel[None, :],
+        mask=real[:, None] & (channel < CHANNELS)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _load_up(
+    up_ptr,
+    row,
+    real,
+    row_stride,
+    FIRST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """The rows of one head's k_up [PADDED, rows] that rebuild from a part of the key latent."""
+    channel = tl.arange(0, PADDED)
+    return tl.load(
+        up_ptr + FIRST + channel[:, None] + row[None, :] * row_stride,
+        mask=(channel < CHANNELS)[:, None] & real[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """The accumulator of a part of the value latent."""
+    return tl.zeros([ROWS, PADDED], tl.float32)
+
+
+@triton.jit
+def _store_output(
+    output_row,
+    real,
+    output,
+    FIRST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Write the channels that a part of the value latent holds."""
+    channel = tl.arange(0, PADDED)
+    tl.store(
+        output_row[:, None] + FIRST + channel[None, :],
+        output.to(output_row.dtype.element_ty),
+        mask=real[:, None] & (channel < CHANNELS)[None, :],
+    )
+
+
 @triton.jit(do_not_specialize=["requests"])
 def _attention_kernel(
     query_ptr,
@@ -39,6 +98,7 @@ def _attention_kernel(
     block_table_ptr,
     k_up_ptr,
     cos_sin_ptr,
+    scales_ptr,
     requests,
     scale,
     query_token_stride,
@@ -58,10 +118,10 @@ def _attention_kernel(
     BLOCK_Q: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    K_RANK: tl.constexpr,
-    V_RANK: tl.constexpr,
-    K_PADDED: tl.constexpr,
-    V_PADDED: tl.constexpr,
+    K_PARTS: tl.constexpr,
+    V_PARTS: tl.constexpr,
+    K_SLICES: tl.constexpr,
+    V_SLICES: tl.constexpr,
     REBUILD: tl.constexpr,
     NEOX: tl.constexpr,
     HALF: tl.constexpr,
@@ -91,7 +151,7 @@ def _attention_kernel(
     )
     position = seq_len - query_length + token
 
-    latent = tl.arange(0, K_PADDED)
+    dtype: tl.constexpr = query_ptr.dtype.element_ty
     if REBUILD:
         half = tl.arange(0, HALF_PADDED)
         in_half = half < HALF
@@ -104,34 +164,34 @@ def _attention_kernel(
         q_mask = real[:, None] & in_half[None, :]
         q_even = tl.load(query_row[:, None] + even[None, :], mask=q_mask, other=0.0)
         q_odd = tl.load(query_row[:, None] + odd[None, :], mask=q_mask, other=0.0)
-        up = k_up_ptr + kv_head * up_head_stride + latent[:, None]
-        up_mask = (latent < K_RANK)[:, None] & in_half[None, :]
-        up_even = tl.load(up + even[None, :] * up_row_stride, mask=up_mask, other=0.0)
-        up_odd = tl.load(up + odd[None, :] * up_row_stride, mask=up_mask, other=0.0)
+        up_ptr = k_up_ptr + kv_head * up_head_stride
+        up_even = ()
+        up_odd = ()
+        for i in tl.static_range(len(K_SLICES)):
+            up_even += (_load_up(up_ptr, even, in_half, up_row_stride, *K_SLICES[i]),)
+            up_odd += (_load_up(up_ptr, odd, in_half, up_row_stride, *K_SLICES[i]),)
         if PASSED > 0:
             rest = tl.arange(0, PASSED_PADDED)
             in_rest = rest < PASSED
+            rest = rest + 2 * HALF
             q_rest = tl.load(
-                query_row[:, None] + 2 * HALF + rest[None, :],
+                query_row[:, None] + rest[None, :],
                 mask=real[:, None] & in_rest[None, :],
                 other=0.0,
             )
-            up_rest = tl.load(
-                up + (2 * HALF + rest[None, :]) * up_row_stride,
-                mask=(latent < K_RANK)[:, None] & in_rest[None, :],
-                other=0.0,
-            )
+            up_rest = ()
+            for i in tl.static_range(len(K_SLICES)):
+                up_rest += (_load_up(up_ptr, rest, in_rest, up_row_stride, *K_SLICES[i]),)
     else:
-        q_latent = tl.load(
-            query_row[:, None] + latent[None, :],
-            mask=real[:, None] & (latent < K_RANK)[None, :],
-            other=0.0,
-        )
+        q_latent = ()
+        for i in tl.static_range(len(K_SLICES)):
+            q_latent += (_load_query(query_row, real, *K_SLICES[i]),)
 
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    mixed = tl.zeros([ROWS, V_PADDED], tl.float32)
-    channel = tl.arange(0, V_PADDED)
+    mixed = ()
+    for i in tl.static_range(len(V_SLICES)):
+        mixed += (_zeros(ROWS, V_SLICES[i][2]),)
 
     # The last query of this block sees the most keys, the first one starts the window.
     last_token = tl.minimum(first + BLOCK_Q, query_length) - 1
@@ -153,27 +213,35 @@ def _attention_kernel(
             + kv_head // SHARED * cache_head_stride
             + (key % BLOCK_SIZE) * cache_slot_stride
         )
-        z_k = tl.load(
-            slot[:, None] + latent[None, :],
-            mask=in_sequence[:, None] & (latent < K_RANK)[None, :],
-            other=0.0,
-        )
         if REBUILD:
             table = cos_sin_ptr + key[:, None] * cos_stride + half[None, :]
             table_mask = in_sequence[:, None] & in_half[None, :]
             cos = tl.load(table, mask=table_mask, other=0.0).to(tl.float32)
             sin = tl.load(table + HALF, mask=table_mask, other=0.0).to(tl.float32)
-            k_even = tl.dot(z_k, up_even, input_precision="ieee")
-            k_odd = tl.dot(z_k, up_odd, input_precision="ieee")
+            k_even = tl.zeros([TILE, HALF_PADDED], tl.float32)
+            k_odd = tl.zeros([TILE, HALF_PADDED], tl.float32)
+            if PASSED > 0:
+                k_rest = tl.zeros([TILE, PASSED_PADDED], tl.float32)
+            for i in tl.static_range(len(K_PARTS)):
+                z_k, k_scale = load_part(slot, in_sequence, scales_ptr, dtype, *K_PARTS[i])
+                k_even += tl.dot(z_k, up_even[i], input_precision="ieee") * k_scale[:, None]
+                k_odd += tl.dot(z_k, up_odd[i], input_precision="ieee") * k_scale[:, None]
+                if PASSED > 0:
+                    k_rest += tl.dot(z_k, up_rest[i], input_precision="ieee") * k_scale[:, None]
             turned_even = (k_even * cos - k_odd * sin).to(q_even.dtype)
             turned_odd = (k_odd * cos + k_even * sin).to(q_odd.dtype)
             scores = tl.dot(q_even, tl.trans(turned_even), input_precision="ieee")
             scores += tl.dot(q_odd, tl.trans(turned_odd), input_precision="ieee")
             if PASSED > 0:
-                k_rest = tl.dot(z_k, up_rest, input_precision="ieee").to(q_rest.dtype)
-                scores += tl.dot(q_rest, tl.trans(k_rest), input_precision="ieee")
+                passed = k_rest.to(q_rest.dtype)
+                scores += tl.dot(q_rest, tl.trans(passed), input_precision="ieee")
         else:
-            scores = tl.dot(q_latent, tl.trans(z_k), input_precision="ieee")
+            scores = tl.zeros([ROWS, TILE], tl.float32)
+            for i in tl.static_range(len(K_PARTS)):
+                z_k, k_scale = load_part(slot, in_sequence, scales_ptr, dtype, *K_PARTS[i])
+                scores += (
+                    tl.dot(q_latent[i], tl.trans(z_k), input_precision="ieee") * k_scale[None, :]
+                )
         seen = key[None, :] <= position[:, None]
         if WINDOW > 0:
             seen = seen & (key[None, :] > position[:, None] - WINDOW)
@@ -184,14 +252,15 @@ def _attention_kernel(
         shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         weights = tl.exp(scores - shift[:, None])
         decay = tl.exp(highest - shift)
-        z_v = tl.load(
-            slot[:, None] + K_RANK + channel[None, :],
-            mask=in_sequence[:, None] & (channel < V_RANK)[None, :],
-            other=0.0,
-        )
         total = total * decay + tl.sum(weights, axis=1)
-        mixed = mixed * decay[:, None]
-        mixed += tl.dot(weights.to(z_v.dtype), z_v, input_precision="ieee")
+        mixed_before = mixed
+        mixed = ()
+        for i in tl.static_range(len(V_PARTS)):
+            z_v, v_scale = load_part(slot, in_sequence, scales_ptr, dtype, *V_PARTS[i])
+            # fp16 holds all scales, those below 2^-14 with fewer digits.
+            scaled = (weights * v_scale[None, :]).to(z_v.dtype)
+            product = tl.dot(scaled, z_v, input_precision="ieee")
+            mixed += (mixed_before[i] * decay[:, None] + product,)
         highest = new_highest
 
     output_row = (
@@ -199,11 +268,8 @@ def _attention_kernel(
         + (query_start + token).to(tl.int64) * output_token_stride
         + head * output_head_stride
     )
-    tl.store(
-        output_row[:, None] + channel[None, :],
-        (mixed / total[:, None]).to(output_ptr.dtype.element_ty),
-        mask=real[:, None] & (channel < V_RANK)[None, :],
-    )
+    for i in tl.static_range(len(V_SLICES)):
+        _store_output(output_row, real, mixed[i] / total[:, None], *V_SLICES[i])
 
 
 def attend(
@@ -213,7 +279,7 @@ def attend(
     output: torch.Tensor,
     *,
     scale: float,
-    k_rank: int,
+    layout: LatentLayout,
     k_up: torch.Tensor | None,
     rope: Rope | None,
     sliding_window: int | None,
@@ -223,12 +289,13 @@ def attend(
     requests, groups = batch.seq_lens.shape[0], kv_cache.shape[1]
     kv_heads = groups if k_up is None else k_up.shape[0]
     group = heads // kv_heads
-    rows = max(MIN_ROWS, triton.next_power_of_2(group))
+    rows = padded(group)
     block_q = rows // group
-    v_rank = kv_cache.shape[3] - k_rank
     rotary_dim = 0 if rope is None else rope.cos_sin.shape[1]
     passed = 0 if rope is None else width - rotary_dim
     up, cos_sin = (k_up, rope.cos_sin) if k_up is not None and rope else (query, query)
+    scales = scale_table(kv_cache.device) if layout.quantised else query
+    k_parts, v_parts = parts_of(layout, rows)
     # Every request may add one block that is not full; the surplus returns at once.
     grid = (tokens // block_q + requests, kv_heads)
     _attention_kernel[grid](
@@ -240,6 +307,7 @@ def attend(
         batch.block_table,
         up,
         cos_sin,
+        scales,
         requests,
         scale,
         *query.stride()[:2],
@@ -254,15 +322,15 @@ def attend(
         BLOCK_Q=block_q,
         ROWS=rows,
         TILE=TILE,
-        K_RANK=k_rank,
-        V_RANK=v_rank,
-        K_PADDED=max(MIN_ROWS, triton.next_power_of_2(k_rank)),
-        V_PADDED=max(MIN_ROWS, triton.next_power_of_2(v_rank)),
+        K_PARTS=tuple(part[1:] for part in k_parts),
+        V_PARTS=tuple(part[1:] for part in v_parts),
+        K_SLICES=tuple(part[:3] for part in k_parts),
+        V_SLICES=tuple(part[:3] for part in v_parts),
         REBUILD=rope is not None,
         NEOX=rope is None or rope.is_neox,
         HALF=rotary_dim // 2,
-        HALF_PADDED=max(MIN_ROWS, triton.next_power_of_2(max(1, rotary_dim // 2))),
+        HALF_PADDED=padded(max(1, rotary_dim // 2)),
         PASSED=passed,
-        PASSED_PADDED=max(MIN_ROWS, triton.next_power_of_2(max(1, passed))),
+        PASSED_PADDED=padded(max(1, passed)),
         WINDOW=sliding_window or 0,
     )

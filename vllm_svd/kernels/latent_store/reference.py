@@ -2,15 +2,21 @@
 
 import torch
 
+from vllm_svd.kernels.latent_layout import LatentLayout
+
 
 def store(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    layout: LatentLayout,
 ) -> None:
     """See vllm_svd.kernels.latent_store."""
     tokens = slot_mapping.shape[0]
-    latents = torch.cat((key[:tokens], value[:tokens]), dim=-1)
+    slots = layout.write(key[:tokens], value[:tokens])
     real = slot_mapping >= 0
     if not real.all():
-        latents, slot_mapping = latents[real], slot_mapping[real]
+        slots, slot_mapping = slots[real], slot_mapping[real]
     size = kv_cache.shape[2]
-    kv_cache[slot_mapping // size, :, slot_mapping % size] = latents.to(kv_cache.dtype)
+    kv_cache[slot_mapping // size, :, slot_mapping % size] = slots.to(kv_cache.dtype)

@@ -1,0 +1,108 @@
+"""What a key or value latent may become at every size, and the least that it loses there."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+
+from offline_compress.linalg import relative_noise
+from vllm_svd.format import Store, Tier
+
+CacheStore = Literal["model", "fp8_e4m3", "int8", "int4", "tiers"]
+
+# Of `tiers`, in this order; channels beyond the last one are dropped.
+LADDER: tuple[Store, ...] = ("int8", "int4", "int2")
+# Splits into three tiers grow with the cube of the channels over the step.
+_STEPS = 32
+
+
+class Latent(NamedTuple):
+    """Rank and tiers of one side of a cache; without tiers in the model's dtype."""
+
+    rank: int
+    tiers: tuple[Tier, ...] = ()
+
+    def bytes(self, item_bytes: int) -> int:
+        """Of one token and group."""
+        if not self.tiers:
+            return self.rank * item_bytes
+        return sum(tier.bytes for tier in self.tiers)
+
+
+class Offer(NamedTuple):
+    """A latent, its bytes for one token and group, and the energy that is lost with it."""
+
+    latent: Latent
+    bytes: int
+    lost: float
+
+
+def latents(channels: int, store: CacheStore, step: int) -> Iterator[Latent]:
+    """Every latent whose tiers are multiples of `step`, of at most `channels` channels.
+
+    At `model` the last one is of full rank even where `step` does not divide it.
+    """
+    if store == "model":
+        for rank in range(step, channels + step, step):
+            yield Latent(min(rank, channels))
+    elif store == "tiers":
+        coarse = -(-channels // (step * _STEPS)) * step
+        yield from _ladders(channels, coarse, LADDER)
+    else:
+        for rank in range(step, channels + 1, step):
+            yield Latent(rank, (Tier(channels=rank, store=store),))
+
+
+def _ladders(left: int, step: int, stores: Sequence[Store]) -> Iterator[Latent]:
+    if not stores:
+        return
+    for width in range(0, left + 1, step):
+        mine = (Tier(channels=width, store=stores[0]),) if width else ()
+        if mine:
+            yield Latent(width, mine)
+        for rest in _ladders(left - width, step, stores[1:]):
+            yield Latent(width + rest.rank, mine + rest.tiers)
+
+
+def menu(energies: torch.Tensor, store: CacheStore, step: int, item_bytes: int) -> list[Offer]:
+    """The best offers, ascending in bytes, each losing less than all smaller ones.
+
+    `energies` [channels], strongest first.
+    """
+    cumulated = _cumulated(energies)
+    best: dict[int, Offer] = {}
+    for latent in latents(len(energies), store, step):
+        lost = _lost(cumulated, latent)
+        size = latent.bytes(item_bytes)
+        if size not in best or lost < best[size].lost:
+            best[size] = Offer(latent, size, lost)
+    front: list[Offer] = []
+    for size in sorted(best):
+        if not front or best[size].lost < front[-1].lost:
+            front.append(best[size])
+    return front
+
+
+def lost_energy(energies: torch.Tensor, rank: int, tiers: Sequence[Tier] = ()) -> float:
+    """Of `energies` [channels]: those beyond the rank, and the noise of storing each tier."""
+    return _lost(_cumulated(energies), Latent(rank, tuple(tiers)))
+
+
+def _cumulated(energies: torch.Tensor) -> list[float]:
+    return [0.0, *energies.double().cumsum(0).tolist()]
+
+
+def _lost(cumulated: Sequence[float], latent: Latent) -> float:
+    lost, first = cumulated[-1] - cumulated[latent.rank], 0
+    for tier in latent.tiers:
+        behind = first + tier.channels
+        kept = cumulated[behind] - cumulated[first]
+        lost += relative_noise(tier.store, tier.channels) * kept
+        first = behind
+    return lost
+
+
+def largest_within(offers: Sequence[Offer], size: float) -> Offer:
+    """The best offer of at most `size` bytes, or the smallest."""
+    fitting = [offer for offer in offers if offer.bytes <= size]
+    return fitting[-1] if fitting else offers[0]

@@ -1,0 +1,309 @@
+"""The compiled decode path against the fp64 reference, over random ragged paged batches.
+
+Tolerance: the error (Frobenius norm) may be twice that of the reference in fp32, plus one rounding
+of the output to its dtype.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_svd.format import Tier
+from vllm_svd.kernels.latent_attention import compiled, cpu, native, reference
+from vllm_svd.kernels.latent_layout import LatentLayout
+from vllm_svd.kernels.paged_batch import PagedBatch, Rope
+
+pytestmark = pytest.mark.skipif(not native.is_there(), reason="needs numba")
+
+
+def tiers(**channels: int) -> tuple[Tier, ...]:
+    return tuple(Tier(channels=count, store=store) for store, count in channels.items())
+
+
+INT8_4_2 = (tiers(int8=8, int4=4, int2=4), tiers(int8=4, int4=12, int2=8))
+FP8 = (tiers(fp8_e4m3=16), tiers(fp8_e4m3=24))
+INT4 = (tiers(int4=16), tiers(int4=24))
+UNUSED = 2**31 - 1
+ALL = [(1, 1), (1, 40), (7, 7), (8, 53), (1, 33), (5, 48), (2, 200)]
+
+
+@dataclass(frozen=True)
+class Case:
+    query: torch.Tensor
+    cache: torch.Tensor
+    batch: PagedBatch
+    settings: dict = field(default_factory=dict)
+
+
+def build(
+    lengths: list[tuple[int, int]],
+    *,
+    kv_heads: int = 2,
+    shared: int = 1,
+    group: int = 2,
+    d: int = 32,
+    k_rank: int = 16,
+    v_rank: int = 24,
+    block: int = 16,
+    mode: str = "pre",
+    rotary_dim: int | None = None,
+    neox: bool = True,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    tiers: tuple = ((), ()),
+    heads_inside: bool = False,
+    seed: int = 0,
+) -> Case:
+    """`lengths` are (query tokens, tokens in the cache); unused slots are poison."""
+    g = torch.Generator().manual_seed(seed)
+    rotary_dim = rotary_dim or d
+    layout = LatentLayout(k_rank, v_rank, *tiers)
+    needed = [-(-length // block) for _, length in lengths]
+    pages = torch.randperm(sum(needed) + 3, generator=g).to(torch.int32)
+    groups = kv_heads // shared
+    table = torch.full((len(lengths), max(needed) + 2), UNUSED, dtype=torch.int32)
+    slot_dtype, poison = (torch.uint8, 255) if tiers[0] else (dtype, torch.nan)
+    shape = (len(pages), groups, block, layout.width)
+    cache = torch.full(shape, poison, dtype=slot_dtype)
+    if heads_inside:
+        cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+    for request, (_, length) in enumerate(lengths):
+        before = sum(needed[:request])
+        mine = pages[before : before + needed[request]]
+        table[request, : len(mine)] = mine
+        latent = torch.randn(length, groups, k_rank + v_rank, generator=g).to(dtype)
+        slots = layout.write(latent[..., :k_rank], latent[..., k_rank:])
+        at = torch.arange(length)
+        cache[mine[at // block].long(), :, at % block] = slots
+    tokens = sum(query for query, _ in lengths)
+    starts = torch.tensor([0, *(query for query, _ in lengths)]).cumsum(0)
+    angles = torch.arange(8200)[:, None] / 10000 ** (torch.arange(0, rotary_dim, 2) / rotary_dim)
+    rope = Rope(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype), neox)
+    k_up = torch.randn(kv_heads, d, k_rank, generator=g).div(k_rank**0.5).to(dtype)
+    width = d if mode == "pre" else k_rank
+    return Case(
+        torch.randn(tokens, kv_heads * group, width, generator=g).to(dtype),
+        cache,
+        PagedBatch(
+            starts.to(torch.int32),
+            torch.tensor([length for _, length in lengths], dtype=torch.int32),
+            table,
+            tokens,
+        ),
+        {
+            "scale": d**-0.5,
+            "layout": layout,
+            "k_up": k_up if mode == "pre" else None,
+            "rope": rope if mode == "pre" else None,
+            "sliding_window": window,
+        },
+    )
+
+
+def run(case: Case) -> torch.Tensor:
+    shape = (*case.query.shape[:2], case.settings["layout"].v_rank)
+    output = torch.full(shape, torch.nan, dtype=case.query.dtype)
+    requests, most = range(len(case.batch.seq_lens)), int(case.batch.query_start_loc.diff().max())
+    compiled.attend(case.query, case.cache, case.batch, output, requests, most, **case.settings)
+    return output
+
+
+def check(*cases: Case) -> None:
+    errors, plain_errors, exacts = [], [], []
+    for case in cases:
+        output = run(case)
+        exact = torch.empty(output.shape, dtype=torch.float64)
+        reference.attend(case.query, case.cache, case.batch, exact, **case.settings)
+        plain = torch.empty(output.shape)
+        reference.attend(
+            case.query, case.cache, case.batch, plain, **case.settings, dtype=torch.float32
+        )
+        errors.append((output.double() - exact).flatten())
+        plain_errors.append((plain.double() - exact).flatten())
+        exacts.append(exact.flatten())
+    rounding = torch.finfo(output.dtype).eps * torch.cat(exacts).norm()
+    assert torch.cat(errors).norm() <= 2 * torch.cat(plain_errors).norm() + rounding
+
+
+@pytest.mark.parametrize("tiers", [((), ()), INT8_4_2, FP8, INT4], ids=["no", "842", "fp8", "int4"])
+@pytest.mark.parametrize("mode", ["pre", "post"])
+@pytest.mark.parametrize("window", [None, 1, 9, 70])
+def test_ragged_batches(mode, window, tiers):
+    check(build(ALL, mode=mode, window=window, tiers=tiers))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"group": 1, "kv_heads": 3},
+        {"group": 3},
+        {"group": 17},
+        {"kv_heads": 4, "shared": 2},
+        {"kv_heads": 3, "shared": 3, "group": 1, "k_rank": 40},
+        {"kv_heads": 2, "group": 6, "mode": "post"},
+        {"k_rank": 5, "v_rank": 41, "d": 48},
+        {"k_rank": 1, "v_rank": 1},
+        {"k_rank": 3, "v_rank": 2, "mode": "post"},
+        {"d": 80, "k_rank": 80, "v_rank": 16},
+        {"rotary_dim": 16},
+        {"neox": False},
+        {"neox": False, "rotary_dim": 24},
+        {"block": 1},
+        {"block": 100},
+        {"heads_inside": True},
+        {"heads_inside": True, "tiers": INT8_4_2},
+    ],
+    ids=str,
+)
+def test_shapes_rotary_styles_and_layouts(shape):
+    check(build(ALL, **shape))
+
+
+@pytest.mark.parametrize("mode", ["pre", "post"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tiers", [((), ()), INT8_4_2], ids=["no", "842"])
+def test_half_precision(mode, dtype, tiers):
+    check(build(ALL, mode=mode, dtype=dtype, tiers=tiers))
+
+
+def test_every_fp16_is_read_exactly():
+    """One token per number: its value latent is the output."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    cache = torch.stack((torch.zeros_like(numbers), numbers), dim=-1)[:, None, None]
+    count = len(numbers)
+    batch = PagedBatch(
+        torch.arange(count + 1, dtype=torch.int32),
+        torch.ones(count, dtype=torch.int32),
+        torch.arange(count, dtype=torch.int32)[:, None],
+        count,
+    )
+    settings = {"scale": 1.0, "layout": LatentLayout(1, 1), "k_up": None, "rope": None}
+    query = torch.zeros(count, 1, 1, dtype=torch.float16)
+    output = run(Case(query, cache, batch, settings | {"sliding_window": None}))
+    finite = numbers.isfinite()
+    torch.testing.assert_close(output[finite, 0, 0], numbers[finite], rtol=0, atol=0)
+    assert not output[~finite].isfinite().any()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_batch(seed):
+    r = random.Random(seed)
+    contexts = [r.choice([r.randint(1, 20), r.randint(1, 700)]) for _ in range(r.randint(1, 64))]
+    lengths = [(min(length, r.randint(1, 8)), length) for length in contexts]
+    check(
+        build(
+            lengths,
+            mode=r.choice(["pre", "post"]),
+            kv_heads=4,
+            shared=1,
+            group=r.randint(1, 5),
+            k_rank=r.randint(1, 32),
+            v_rank=r.randint(1, 32),
+            window=r.choice([None, r.randint(1, 300)]),
+            block=r.choice([8, 16, 32, 128]),
+            neox=r.random() < 0.5,
+            seed=seed,
+        )
+    )
+
+
+@pytest.mark.parametrize("mode", ["pre", "post"])
+@pytest.mark.parametrize("length", [255, 256, 257, 320, 321, 2048, 8192])
+@pytest.mark.parametrize("window", [None, 300])
+def test_long_contexts_are_split(mode, length, window, monkeypatch):
+    monkeypatch.setattr(compiled, "LEAST_PART", 64)
+    check(build([(1, length), (4, length // 2)], mode=mode, window=window))
+
+
+def test_more_threads_than_work():
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        check(build([(1, 3)], kv_heads=1), build([(1, 5), (1, 1000)], mode="post"))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_shared_pages():
+    case = build([(1, 48), (3, 48)])
+    case.batch.block_table[1, :2] = case.batch.block_table[0, :2]
+    check(case)
+
+
+def test_a_latent_that_is_not_finite_reaches_only_those_who_see_it():
+    case = build([(1, 100), (1, 100), (3, 100)], window=20)
+    pages = case.batch.block_table[:, 99 // 16].long()
+    case.cache[case.batch.block_table[0, 10 // 16], :, 10 % 16] = torch.nan  # before the window
+    case.cache[pages[1], :, 99 % 16] = torch.nan
+    case.cache[pages[2], :, 98 % 16] = torch.inf  # after the first of three query tokens
+    output = run(case)
+    assert output[[0, 2]].isfinite().all()
+    assert not output[[1, 3, 4]].isfinite().any()
+
+
+def test_scores_of_any_size():
+    case = build([(1, 300), (1, 70)], mode="post")
+    for factor in (1e-30, 30.0, 1e4):
+        check(replace(case, query=case.query * factor))
+
+
+def test_the_cpu_kernel_mixes_both_paths(monkeypatch):
+    case = build([(1, 40), (30, 30), (2, 90), (40, 64), (1, 5)])
+    case.batch.block_table[case.batch.block_table == UNUSED] = 0  # torch reads whole rows of it
+    calls = []
+    inner = compiled.attend
+    monkeypatch.setattr(compiled, "attend", lambda *a, **k: (calls.append(a[4]), inner(*a, **k)))
+    outputs = []
+    for there in (True, False):
+        monkeypatch.setattr(compiled, "usable", lambda *_, there=there: there)
+        for dtype in (torch.float32, torch.bfloat16):
+            output = torch.full((74, 4, 24), torch.nan, dtype=dtype)
+            cpu.attend(case.query, case.cache, case.batch, output, **case.settings)
+            outputs.append(output)
+    assert calls == [[0, 2, 4]] * 2
+    torch.testing.assert_close(outputs[0], outputs[2])
+    torch.testing.assert_close(outputs[1], outputs[3])
+
+
+def test_concurrent_callers():
+    cases = [build(ALL, mode=mode, seed=seed) for mode in ("pre", "post") for seed in range(4)]
+    alone = [run(case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for expected, found in zip(alone, pool.map(run, cases), strict=True):
+                torch.testing.assert_close(found, expected)
+
+
+def test_works_in_a_forked_process():
+    """As vLLM's workers are, from a parent that used neither path in more than one thread."""
+    program = """
+import os, torch
+torch.set_num_threads(1)
+from tests.kernels.test_compiled_decode import ALL, build, check
+check(build(ALL))
+child = os.fork()
+if not child:
+    torch.set_num_threads(2)
+    check(build(ALL), build([(1, 3000)]))
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
+
+
+def test_without_numba_torch_serves_all(monkeypatch):
+    monkeypatch.setattr(native, "is_there", lambda: False)
+    case = build([(1, 40)])
+    monkeypatch.setattr(compiled, "attend", None)
+    output = torch.empty(1, 4, 24)
+    cpu.attend(case.query, case.cache, case.batch, output, **case.settings)
+    assert output.isfinite().all()
+    compiled.warm_up()

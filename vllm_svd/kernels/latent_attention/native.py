@@ -1,0 +1,103 @@
+"""The compiled decode path as seen from Python: its arguments, and who runs it.
+
+numba compiles it at the first call or by `warm_up`, once per process (some ten seconds), for this
+CPU; nothing is cached on disk, where workers would share one directory that may be read-only.
+
+Its threads are torch's: torch's own OpenMP runtime is asked for a team. A second pool (numba's)
+would fight over the cores with torch's threads, which spin between operators, would inherit the
+one core to which vLLM binds the thread that starts it, and is either not safe to call from two
+threads (workqueue) or aborts in forked processes (omp). This is safe wherever torch itself is.
+"""
+
+import ctypes
+import functools
+import importlib
+import operator
+import struct
+import threading
+from typing import Any
+
+import torch
+
+from vllm_svd.format import Store
+
+# Numbers by which the machine code knows dtypes and tiers.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STORES: dict[Store, int] = {"fp8_e4m3": 0, "int8": 1, "int4": 2, "int2": 3}
+TIERS = -1
+TILE = 64  # tokens whose latents are decoded, and keys rebuilt, at a time
+AHEAD = 8  # tokens whose scores are computed at a time: rows that follow a tile's keys
+ROWS, LANES = 4, 16  # of a product whose sums stay in registers
+ITEMS_PER_THREAD = 4
+PLAN_COLUMNS = 7
+# Arguments of the machine code, eight bytes each, all but the first integers: addresses, sizes,
+# strides in bytes; `s_` are offsets in the scratch of a thread.
+_NAMES = """
+scale threads begun finished partial scratch scratch_stride
+requests num_requests query_start_loc seq_lens num_threads kv_heads least_part window
+tables table_stride block_size
+cache cache_kind cache_item cache_stride_0 cache_stride_1 cache_stride_2
+k_runs k_num_runs v_runs v_num_runs scale_table fp8_table
+query query_kind query_stride_0 query_stride_1
+shared group width key_width k_rank v_rank
+up up_kind up_stride_0 up_stride_1
+cos_sin cos_sin_kind cos_sin_stride_0 rotary_dim is_neox
+output output_stride_0 max_rows
+s_up s_query s_keys s_k s_v s_weights s_power s_mixed s_highest s_total s_row
+"""
+FIELDS = tuple(_NAMES.split())
+_in_order = operator.itemgetter(*FIELDS)
+_ZEROS = dict.fromkeys(FIELDS, 0)
+_packed = struct.Struct(f"d{len(FIELDS) - 1}q")
+
+_memory = threading.local()
+
+
+def run(arguments: dict[str, Any], threads: int) -> None:
+    """Run a team of so many threads; FIELDS that are not given are zero."""
+    packed = _packed.pack(*_in_order(_ZEROS | arguments))
+    function, parallel = team(), _openmp()
+    if parallel is None or threads == 1:
+        function(packed)
+    else:
+        parallel(function, packed, threads, 0)
+
+
+@functools.cache
+def _openmp() -> Any:
+    """GOMP_parallel of the OpenMP runtime that torch is linked to; None where it is another ABI.
+
+    torch loads its runtime for all to see, so this is found as torch's own calls are, whatever is
+    preloaded (LLVM's and Intel's runtimes have this entry, too).
+    """
+    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if parallel is not None:
+        parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        parallel.restype = None
+    return parallel
+
+
+@functools.cache
+def is_there() -> bool:
+    """Whether numba can be imported."""
+    try:
+        importlib.import_module("numba")
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def team() -> Any:
+    """The compiled C function of the address of packed arguments; compiles it at first."""
+    from vllm_svd.kernels.latent_attention import native_team
+
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(native_team.team.address)
+
+
+def scratch(size: int) -> int:
+    """Address of so many bytes, this thread's until its next call."""
+    memory: torch.Tensor | None = getattr(_memory, "tensor", None)
+    if memory is None or memory.numel() < size + 64:
+        memory = _memory.tensor = torch.zeros(size + 64, dtype=torch.uint8)
+    return -(-memory.data_ptr() // 64) * 64
