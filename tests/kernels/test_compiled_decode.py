@@ -307,3 +307,12 @@ def test_without_numba_torch_serves_all(monkeypatch):
     cpu.attend(case.query, case.cache, case.batch, output, **case.settings)
     assert output.isfinite().all()
     compiled.warm_up()
+
+
+def test_other_code_may_look_at_the_namespaces_of_all_modules():
+    """vLLM does when another engine starts in this process."""
+    native.team()
+    for module in list(sys.modules.values()):
+        for value in list((getattr(module, "__dict__", None) or {}).values()):
+            if type(value).__module__.startswith("llvmlite") and hasattr(value, "__dict__"):
+                assert vars(value).get("kernel") is None
