@@ -1,5 +1,6 @@
 """What the K/V budget asks of the model: energies of its channels, and what losing them costs."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from offline_compress.kv import KVBases
 from offline_compress.methods import Layer
 from offline_compress.progress import Progress
 from offline_compress.recipe import CompressionRecipe
+from vllm_svd.errors import SvdError
 from vllm_svd.format import Side
 
 
@@ -75,6 +77,11 @@ def _exchange(
                 for before, window in zip(hidden, windows, strict=True)
             )
             nats = divergence(model.get_output_embeddings(), pairs)
+        if not math.isfinite(nats):
+            raise SvdError(
+                f"{where}: the KL of a probe of its cache is {nats}\nRemedy: check the checkpoint, "
+                "or give --kv-allocator uniform"
+            )
         lost = lost_energy(energy, *bases.config.latent(side))
         return nats / lost if lost > 0 else 0.0
 

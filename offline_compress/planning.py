@@ -91,6 +91,7 @@ def plan(
     if context > positions:
         problems.append(f"calibration.context: {context} exceeds the model's {positions} positions")
     problems += _without_ranks(recipe)
+    problems += _with_own_caches(recipe)
     if problems:
         raise RecipeError("the recipe", problems)
     layers = layers_of(source)
@@ -110,7 +111,7 @@ def plan(
             )
     if recipe.kv.measures and measured is None:
         warnings.append(
-            "the K/V budget measures before it decides; the tiers shown are of a geometric spectrum"
+            "the K/V budget measures before it decides; the sizes shown are of a geometric spectrum"
         )
     matrices, caches = _planned(recipe, source, layers, shares, measured)
     replaced = {f"{path}.weight" for path, matrix in matrices.items() if matrix.module}
@@ -133,6 +134,11 @@ def plan(
             f"{made.totals.linear_kept:.3f} of the bytes, more than weights.kept"
         )
         made = made.model_copy(update={"warnings": (*made.warnings, too_much)})
+    totals, share = made.totals, recipe.kv.kept
+    kept = totals.kv_bytes_per_token / totals.kv_bytes_per_token_dense
+    if recipe.kv.store != "model" and share is not None and kept > share:
+        too_much = f"the least that the latents can take keeps {kept:.3f} of the cache's bytes"
+        made = made.model_copy(update={"warnings": (*made.warnings, f"{too_much}, not kv.kept")})
     # A delta of everything is the fine-tuned model itself.
     whole = recipe.weights.method.base_model is not None
     if not made.compressed and not made.projected and not whole:
@@ -151,6 +157,16 @@ def _without_ranks(recipe: CompressionRecipe) -> Iterator[str]:
         yield (
             f"weights.allocator: {allocator.name} was given, and {method.name} does not {lacking}; "
             f"accepted with it are {', '.join(others)}"
+        )
+
+
+def _with_own_caches(recipe: CompressionRecipe) -> Iterator[str]:
+    method, cache = recipe.weights.method, recipe.kv
+    brings = type(method).projection_at is not Method.projection_at and recipe.weights.kept < 1
+    if brings and cache.kept is not None and (cache.store != "model" or cache.measures):
+        yield (
+            f"kv.store, kv.allocator: {cache.store}, {cache.allocator} were given, and "
+            f"{method.name} makes K/V projections of its own; accepted with it are model, uniform"
         )
 
 

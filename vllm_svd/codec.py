@@ -90,7 +90,7 @@ def _integers(x: torch.Tensor, store: Store) -> torch.Tensor:
 def _codes(x: torch.Tensor, store: Store) -> torch.Tensor:
     """Bytes of values that are divided by their scale."""
     if store == "fp8_e4m3":
-        return x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+        return x.nan_to_num(0).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     if store == "int8":
         return x.nan_to_num(0).round().clamp(-127, 127).to(torch.int8).view(torch.uint8)
     levels = (_integers(x.nan_to_num(0), store) + LARGEST[store]).to(torch.uint8)

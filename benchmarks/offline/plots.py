@@ -8,7 +8,7 @@ from benchmarks.offline.points import Point
 from benchmarks.offline.results import Quality
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 # Names of points that leave the weights dense.
 CACHES = ("kv ", "quantised ")
@@ -71,6 +71,7 @@ def _caches(found: Quality, every: list[Point], directory: Path) -> list[Path]:
         kl.set_ylabel("KL(dense || compressed), nats per token")
         for axes in (change, kl):
             axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
             axes.set_xlabel("KV bytes per token")
         kl.legend(fontsize=7)
         figure.suptitle(found.model)

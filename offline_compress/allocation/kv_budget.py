@@ -79,7 +79,7 @@ class KVBudget(BaseModel):
         found = []
         if kv_heads % self.group:
             found.append(f"kv.group: {self.group} does not divide the model's {kv_heads} KV heads")
-        found += self._contradictions()
+        found += self._contradictions(self.group * head_dim)
         for index, override in sorted(self.layers.items()):
             where = f"kv.layers.{index}"
             if index >= layers:
@@ -90,12 +90,17 @@ class KVBudget(BaseModel):
                     found.append(f"{where}.{name}: {rank} exceeds the head size {of}")
         return found
 
-    def _contradictions(self) -> Iterator[str]:
+    def _contradictions(self, channels: int) -> Iterator[str]:
         quantised = self.store != "model"
         if quantised and self.rank_multiple % 4:
             yield (
                 f"kv.rank_multiple: {self.rank_multiple} was given; with kv.store {self.store} "
                 "accepted are multiples of 4, whole bytes of codes"
+            )
+        if (quantised or self.measures) and self.rank_multiple > channels:
+            yield (
+                f"kv.rank_multiple: {self.rank_multiple} was given; a latent has {channels} "
+                "channels at most"
             )
         for index, layer in sorted(self.layers.items()):
             if quantised and any((rank or 0) % 4 for rank in (layer.k_rank, layer.v_rank)):
@@ -104,13 +109,13 @@ class KVBudget(BaseModel):
                     "multiples of 4, whole bytes of codes"
                 )
         if quantised and self.kept is None:
-            yield f"kv.store: {self.store} was given, and kv.kept is null: the cache stays dense"
+            yield f"kv.store: {self.store} was given, and kv.kept is null; it needs a budget"
         if self.measures and any(layer.k_rank or layer.v_rank for layer in self.layers.values()):
             yield "kv.layers: ranks were given for layers whose ranks are measured"
         if self.allocator == "measured" and (self.k_kept or self.v_kept):
             yield "kv.k_kept, kv.v_kept: the measured allocator divides kv.kept itself"
         if self.allocator == "measured" and self.kept is None:
-            yield "kv.allocator: measured was given, and kv.kept is null: the cache stays dense"
+            yield "kv.allocator: measured was given, and kv.kept is null; it needs a budget"
 
     def _shares(self) -> tuple[Fraction | None, Fraction | None]:
         """In decimals, as the user wrote them."""

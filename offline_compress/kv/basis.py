@@ -27,6 +27,8 @@ from vllm_svd.format import Tier
 _METRIC_FLOOR = 1e-10
 # Noise of one size under the metric is the larger the less a direction is read: at most 100 times.
 _NOISY_METRIC_FLOOR = 1e-4
+# Of the strongest channel: tiers below are left smaller than others. Bases must fit into fp16.
+_LEAST_ENERGY = 1e-8
 # Fractions of mean(diag C). Never zero: a pivot made of rounding noise would pass the Cholesky.
 _DAMPING = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 
@@ -62,20 +64,21 @@ def solve_tiers(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(up [d, r], down [r, d]) in fp64 of a latent whose channels are stored in `tiers`.
 
-    The space is that of `solve`; within it the coordinates are orthonormal under M and
-    uncorrelated, strongest first, so that noise costs the same along each, and tiers meet channels
-    of like energy. Every tier is rotated (rotation.py) and scaled to unit mean square. `down` is
-    rounded to `dtype` before `up` regresses on it: what rounding does to a latent is not lost.
-    Raises SvdError like `solve`.
+    The coordinates are orthonormal under M and uncorrelated, strongest first, so that noise costs
+    the same along each, and tiers meet channels of like energy. M is held at a floor, higher than
+    that of `solve`, whose space would otherwise be the same. Every tier is rotated (rotation.py)
+    and scaled to unit mean square. `down` is rounded to `dtype` before `up` regresses on it: what
+    rounding does to a latent is not lost. Raises SvdError like `solve`.
     """
     metric, second_moment = _symmetric(metric, "metric"), _symmetric(second_moment, "second moment")
     values, down = _principal(metric, second_moment)
     rows, first = [], 0
     for tier in tiers:
         mine = slice(first, first + tier.channels)
-        scale = values[mine].mean().sqrt()
+        # What rounding leaves in channels that hold nothing is not scaled up without bound.
+        energy = torch.maximum(values[mine].mean(), _LEAST_ENERGY * values[0])
         rotated = rotation(tier.channels).to(down) @ down[mine]
-        rows.append(rotated / scale if scale > 0 else rotated)
+        rows.append(rotated / energy.sqrt() if energy > 0 else rotated)
         first += tier.channels
     latent = torch.cat(rows).to(dtype).double()
     identity = torch.eye(len(metric), dtype=torch.float64)

@@ -24,9 +24,8 @@ class LatentKV(nn.Module):
     """The bases of one attention layer: buffers named as in the checkpoint.
 
     The cache of a server holds `down @ k` and `down @ v`, in as many bits as its tiers say; here
-    both are expanded at once, which
-    is the same function of the hidden states (the value's expansion is linear, so it commutes
-    with the attention weights).
+    both are expanded at once, which is the same function of the hidden states (the value's
+    expansion is linear, so it commutes with the attention weights).
     """
 
     def __init__(self, bases: KVBases) -> None:

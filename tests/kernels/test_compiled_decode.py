@@ -311,8 +311,22 @@ def test_without_numba_torch_serves_all(monkeypatch):
 
 def test_other_code_may_look_at_the_namespaces_of_all_modules():
     """vLLM does when another engine starts in this process."""
+    from llvmlite.binding import ffi
+
     native.team()
+    assert vars(ffi.lib).get("kernel") is None
     for module in list(sys.modules.values()):
         for value in list((getattr(module, "__dict__", None) or {}).values()):
-            if type(value).__module__.startswith("llvmlite") and hasattr(value, "__dict__"):
+            if type(value) is type(ffi.lib):
                 assert vars(value).get("kernel") is None
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_the_process_changes_nothing(default):
+    case = build([(1, 40), (3, 70)], dtype=torch.bfloat16)
+    before, expected = torch.get_default_dtype(), run(case)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(run(case), expected)
+    finally:
+        torch.set_default_dtype(before)

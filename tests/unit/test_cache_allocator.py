@@ -156,8 +156,10 @@ def test_one_store_for_all_takes_what_fits(store, kept, rank):
         ({"store": "int8", "kept": None, "k_kept": 0.5}, "kv.kept is null"),
         ({"store": "tiers", "layers": {0: {"k_rank": 8}}}, "ranks are measured"),
         ({"allocator": "measured", "k_kept": 0.5}, "divides kv.kept itself"),
-        ({"allocator": "measured", "kept": None, "v_kept": 0.5}, "the cache stays dense"),
+        ({"allocator": "measured", "kept": None, "v_kept": 0.5}, "it needs a budget"),
         ({"store": "int4", "layers": {0: {"k_rank": 6}}}, "multiples of 4"),
+        ({"store": "int8", "rank_multiple": 72}, "a latent has 64 channels at most"),
+        ({"allocator": "measured", "rank_multiple": 72}, "64 channels at most"),
     ],
 )
 def test_contradictions_are_named(budget, said):

@@ -133,3 +133,14 @@ def test_a_head_that_nothing_reads_has_no_energy_to_pay_for():
     assert not energies(torch.zeros(SIZE, SIZE), psd(1, SIZE)).any()
     up, down = solve_tiers(torch.zeros(SIZE, SIZE), psd(1, SIZE), TIERS)
     assert up.isfinite().all() and down.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rank", [3, 5, 9])
+def test_tiers_beyond_the_rank_of_what_they_hold(dtype, rank):
+    """Behind a compressed projection keys may have fewer dimensions than were planned for."""
+    metric, second_moment = psd(1, SIZE), psd(2, SIZE, rank)
+    up, down = solve_tiers(metric, second_moment, TIERS, dtype)
+    assert down.to(dtype).isfinite().all() and up.to(dtype).isfinite().all()
+    dropped = spectrum(metric, second_moment).clamp_min(0)[12:].sum()
+    assert weighted_error(metric, second_moment, up, down) < float(dropped) + 1e-5

@@ -313,3 +313,23 @@ def test_the_tables_show_every_artefact_its_cost_and_the_warnings(source):
     ):
         assert re.search(rf"\b{figure:,}\b", str(memory))
     assert f"warning: {made.warnings[0]}" in str(memory).splitlines()
+
+
+def test_a_cache_budget_that_cannot_be_kept_is_warned_of(source):
+    (said,) = [
+        warning
+        for warning in plan(recipe_of(kv={"kept": 0.001, "store": "int8"}), source).warnings
+        if "cache" in warning
+    ]
+    assert (
+        said == "the least that the latents can take keeps 0.070 of the cache's bytes, not kv.kept"
+    )
+    enough = plan(recipe_of(kv={"kept": 0.25, "store": "int8"}), source).warnings
+    assert not any("cache's bytes" in warning for warning in enough)
+
+
+@pytest.mark.parametrize("cache", [{"store": "int4"}, {"allocator": "measured"}])
+def test_a_method_with_projections_of_its_own_takes_no_other_store(source, cache):
+    with pytest.raises(RecipeError, match="modegpt makes K/V projections of its own"):
+        plan(recipe_of("modegpt", kv={"kept": 0.5} | cache), source)
+    assert plan(recipe_of("modegpt", kv={"kept": 0.5}), source).projected

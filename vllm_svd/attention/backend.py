@@ -8,7 +8,7 @@ BACKEND_NAME = "SVD_LATENT"
 
 
 class LatentBackend(AttentionBackend):
-    """Cache [blocks, KV heads, block size, k_rank + v_rank], K first, in any physical layout."""
+    """Cache [blocks, groups, block size, width of a LatentLayout], in any physical layout."""
 
     forward_includes_kv_cache_update: bool = False
 

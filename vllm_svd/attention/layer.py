@@ -166,7 +166,7 @@ def _refuse_unsupported(layer: Attention) -> None:
 def _refuse_ranks(layer: Attention, projection: KVProjection) -> None:
     on_cpu = layer.attn_backend.get_name() == "CPU_ATTN"
     ranks = (projection.k_rank, projection.v_rank)
-    if not on_cpu and any(rank % CUDA_RANK_MULTIPLE for rank in ranks):
+    if not on_cpu and not projection.k_tiers and any(rank % CUDA_RANK_MULTIPLE for rank in ranks):
         raise UnsupportedModelError(
             f"{layer.layer_name}: ranks {ranks} are not served on this device",
             f"multiples of {CUDA_RANK_MULTIPLE}, for aligned loads; any rank on a CPU",

@@ -14,7 +14,6 @@ Store = Literal["fp8_e4m3", "int8", "int4", "int2"]
 BITS: dict[Store, int] = {"fp8_e4m3": 8, "int8": 8, "int4": 4, "int2": 2}
 STORES: tuple[Store, ...] = get_args(Store)
 SCALE_BYTES = 1
-MAX_TIERS = 3
 
 
 class Tier(BaseModel):

@@ -74,6 +74,7 @@ def attend(
     threads = torch.get_num_threads()
     # Parts at most: one per head and request, and those that are cut off by length.
     partial = (kv_heads * len(requests) + threads * ITEMS_PER_THREAD) * max_rows * (v_rank + 2) * 4
+    partial = -(-partial // 64) * 64  # what follows starts on a cache line
     parts = _scratch_parts(width, layout.k_rank, v_rank, max_rows, rebuilt, len(requests))
     memory = native.scratch(partial + threads * parts["scratch_stride"])
     # Threads and items begun, parts finished of each head and request; then the requests.
@@ -83,11 +84,14 @@ def attend(
     query, kv_cache = _rows(query), _rows(kv_cache)
     tables = _rows(_int32(batch.block_table))
     direct = output.dtype == torch.float32 and output.stride()[1:] == (v_rank, 1)
-    result = output if direct else torch.empty(batch.num_tokens, heads, v_rank)
+    result = output
+    if not direct:
+        result = torch.empty(batch.num_tokens, heads, v_rank, dtype=torch.float32)
+    tiers, _alive = _tiers(layout)
     arguments: dict[str, Any] = {
         **_strided("query", query, 2),
         **_strided("cache", kv_cache, 3),
-        **_tiers(layout)[0],
+        **tiers,
         **parts,
         "scale": scale * math.log2(math.e),  # weights are powers of two
         "threads": counts.data_ptr(),
