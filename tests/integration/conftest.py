@@ -19,9 +19,13 @@ from engine_cases import (
     NAMES,
     TEST_TEXT,
     TIERED,
+    apart,
     compress,
+    deviations,
     full_rank_weights,
+    of,
     projected,
+    rms,
     run_engines,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -123,5 +127,31 @@ def engines(dense: Path, compressed: Any, prompts: Any, tmp_path_factory: Any) -
         cases[f"{name}_full_pool"] = case(model, num_gpu_blocks_override=24, block_size=32)
         cases[f"{name}_compiled"] = case(model, enforce_eager=False)
         cases[f"{name}_bf16"] = case(model, dtype="bfloat16")
+    cases[TIERED[0]]["beams"] = 3
+    for dtype in ("fp8", "int8_per_token_head"):
+        cases[dtype] = case(compressed(TIERED[0]), kv_cache_dtype=dtype)
     cases["dense_bf16"] = case(dense, dtype="bfloat16")
     return run_engines(tmp_path_factory.mktemp("engines"), cases)
+
+
+@pytest.fixture(scope="session")
+def dense_deviation(engines, dense, prompts) -> float:
+    """How far two fp32 implementations of the same dense model differ (RMS)."""
+    return float(deviations(of(engines, "dense"), dense, prompts).square().mean().sqrt())
+
+
+@pytest.fixture(scope="session")
+def same_but_for_flips(engines, dense_deviation):
+    """Whether log-probabilities of tiers differ as fp32 does.
+
+    A latent within fp32 noise of the border between two codes may fall to either side, which moves
+    the tokens that read it by a step. Tokens before the first of these, a quarter at least, differ
+    by fp32 noise, and all together by a small part of what storing in few bits changes.
+    """
+
+    def check(differences, name) -> None:
+        effect = rms(apart(of(engines, "dense"), of(engines, name), "prompt_logprobs"))
+        assert differences.abs().quantile(0.25) <= 2 * dense_deviation
+        assert rms(differences) <= 0.05 * effect
+
+    return check

@@ -16,6 +16,7 @@ from typing import Any
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.sampling_params import BeamSearchParams
 
     engine = {
         "dtype": "float32",
@@ -43,10 +44,16 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         [_request(output) for output in llm.generate(prompts, parameters, use_tqdm=False)]
         for parameters in sampling
     ]
+    beams = []
+    if width := case.get("beams"):
+        parameters = BeamSearchParams(width, max_tokens=case["max_tokens"], ignore_eos=True)
+        found = llm.beam_search([dict(prompt) for prompt in prompts], parameters)
+        beams = [[beam.cum_logprob for beam in one.sequences] for one in found]
     cache = llm.llm_engine.vllm_config.cache_config
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     return {
         "rounds": rounds,
+        "beams": beams,
         "kv_cache_tokens": cache.kv_cache_size_tokens,
         "kv_cache_bytes": cache.kv_cache_memory_bytes,
         "num_blocks": cache.num_gpu_blocks,

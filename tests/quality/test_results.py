@@ -58,3 +58,30 @@ def test_whitening_beats_the_baselines_and_ranks_by_loss_uniform_ones(found, kep
 def test_every_checkpoint_gave_what_its_run_measured(found):
     for point in found.points:
         assert point.perplexity_reloaded == pytest.approx(point.perplexity_run, rel=5e-3)
+
+
+TIERS = sorted(RESULTS.glob("*/kv_tiers/*.json"))
+MOST = {0.25: 0.002, 0.125: 0.01, 0.0625: 0.04}  # of perplexity, at shares of the cache's bytes
+
+
+@pytest.mark.parametrize("path", TIERS, ids=lambda path: path.stem)
+def test_tiers_keep_what_they_promise_and_beat_caches_that_are_only_quantised(path):
+    found = Quality.model_validate_json(path.read_text())
+    ours = {p.kept: p for p in found.points if p.method.endswith("tiers measured")}
+    dense = {p.method.split()[1]: p for p in found.points if p.method.startswith("quantised")}
+    whole = round(dense["int8"].kv_bytes_per_token / dense["int8"].kept)
+    for kept, most in MOST.items():
+        assert ours[kept].kv_bytes_per_token <= kept * whole
+        change = ours[kept].texts[IN_DOMAIN].perplexity / found.dense[IN_DOMAIN].perplexity - 1
+        assert change <= most
+    for text in found.dense:
+        for kept, bits in ((0.25, "int4"), (0.125, "int2")):
+            assert ours[kept].kv_bytes_per_token < dense[bits].kv_bytes_per_token
+            assert ours[kept].texts[text].kl < dense[bits].texts[text].kl / 10
+        assert ours[0.125].texts[text].kl < dense["int4"].texts[text].kl
+
+
+def test_tiers_were_measured_on_grouped_heads_and_on_heads_with_a_norm_each():
+    assert {path.stem for path in TIERS} >= {"wiki-llama-s", "wiki-qwen3-mha"}
+    for path in TIERS:
+        assert len(list(path.parent.glob(f"{path.stem}-kv-*.png"))) == 2

@@ -159,7 +159,8 @@ def _refuse_unsupported(layer: Attention) -> None:
         raise UnsupportedModelError(
             f"{layer.layer_name}: K/V projections do not work with {' and '.join(found)}",
             "decoder attention with RoPE, cached in the model's dtype (--kv-cache-dtype auto)",
-            "drop the flag, or compress the model without K/V projections (kv.kept: null)",
+            "drop the flag (latents have stores of their own: --kv-store when compressing), or "
+            "compress the model without K/V projections (kv.kept: null)",
         )
 
 
