@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_svd.format import Store, Tier
+from vllm_svd.format import STORES, Store, Tier
 
 SCALE_STEPS = 8  # scales per octave
 SCALE_ZERO = 128
@@ -32,6 +32,21 @@ def scale_of(byte: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Te
     """2^((b - 128) / 8) of scale bytes, NaN for 255."""
     exponent = (byte.to(torch.float64) - SCALE_ZERO) / SCALE_STEPS
     return torch.where(byte == NOT_FINITE, math.nan, torch.exp2(exponent)).to(dtype)
+
+
+def bounds() -> torch.Tensor:
+    """[STORES, 256] fp32: the largest magnitude that each scale byte does not clip.
+
+    The bytes whose bound a magnitude exceeds count up to its own byte, without a logarithm. 254 has
+    no bound: it takes all that is larger.
+    """
+    largest = torch.tensor([LARGEST[store] for store in STORES], dtype=torch.float64)
+    exact = largest[:, None] * scale_of(torch.arange(256), torch.float64)
+    rounded = exact.float()
+    above = rounded.double() > exact
+    rounded = torch.where(above, rounded.nextafter(torch.zeros(())), rounded)
+    rounded[:, NOT_FINITE - 1 :] = torch.inf
+    return rounded
 
 
 def encode(latent: torch.Tensor, tiers: Sequence[Tier]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,18 +72,8 @@ def scale_table(device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def bounds(device: torch.device) -> torch.Tensor:
-    """[stores, 256] fp32: the largest magnitude that each scale byte does not clip.
-
-    The bytes whose bound a magnitude exceeds count up to its own byte. 254 has no bound: it takes
-    all that is larger.
-    """
-    largest = torch.tensor([codec.LARGEST[store] for store in STORES], dtype=torch.float64)
-    exact = largest[:, None] * codec.scale_of(torch.arange(256), torch.float64)
-    rounded = exact.float()
-    above = rounded.double() > exact
-    rounded = torch.where(above, rounded.nextafter(torch.zeros(())), rounded)
-    rounded[:, codec.NOT_FINITE - 1 :] = torch.inf
-    return rounded.to(device)
+    """codec.bounds() on this device."""
+    return codec.bounds().to(device)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from vllm_svd.compat import (
 )
 from vllm_svd.errors import CheckpointFormatError, UnsupportedModelError
 from vllm_svd.format import KVProjection
-from vllm_svd.kernels import latent_attention
+from vllm_svd.kernels import latent_attention, latent_store
 from vllm_svd.quantization.completeness import check_filled, unfilled
 
 BASES = ("k_down", "k_up", "v_down", "v_up")
@@ -68,6 +68,7 @@ class LatentKVMethod(BaseKVCacheMethod):
         if not isinstance(layer.impl, LatentImpl):
             return
         latent_attention.prepare(layer.k_down.device)
+        latent_store.prepare(layer.k_down.device)
         if layer.impl.needs_rotary:
             raise UnsupportedModelError(
                 f"{layer.layer_name}: the model's rotary embedding was not found beside it",

@@ -92,11 +92,11 @@ def team() -> Any:
     """The compiled C function of the address of packed arguments; compiles it at first."""
     from vllm_svd.kernels.latent_attention import native_team
 
-    _keep_namespaces_plain()
+    keep_namespaces_plain()
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(native_team.team.address)
 
 
-def _keep_namespaces_plain() -> None:
+def keep_namespaces_plain() -> None:
     """Let other code read the `__dict__` of everything that loaded modules hold.
 
     vLLM does when a further engine starts in a process; the library object of llvmlite, which has

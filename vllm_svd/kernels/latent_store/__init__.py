@@ -2,8 +2,15 @@
 
 import torch
 
+from vllm_svd.kernels.latent_attention import native
 from vllm_svd.kernels.latent_layout import LatentLayout
-from vllm_svd.kernels.latent_store import reference
+from vllm_svd.kernels.latent_store import compiled, reference
+
+
+def prepare(device: torch.device) -> None:
+    """What the first call on a CPU would wait for: compile the store of tiers."""
+    if device.type == "cpu" and native.is_there():
+        compiled.warm_up()
 
 
 def store(
@@ -21,5 +28,7 @@ def store(
         from vllm_svd.kernels.latent_store import triton
 
         triton.store(key, value, kv_cache, slot_mapping, layout)
+    elif layout.quantised and native.is_there():
+        compiled.store(key, value, kv_cache, slot_mapping, layout)
     else:
         reference.store(key, value, kv_cache, slot_mapping, layout)
