@@ -5,6 +5,7 @@ torch.compile may fuse them with what the model does before and after.
 """
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -52,7 +53,7 @@ class LatentAttention(Attention):
         k_latent = latents(key.view(len(key), len(self.k_down), -1), self.k_down)
         v_latent = latents(value.view(len(value), len(self.v_down), -1), self.v_down)
         if self.projection.mode == "post":
-            queries = torch.einsum("thgd,hdr->thgr", queries, self.k_up)
+            queries = product("thgd,hdr->thgr", queries, self.k_up)
         queries = queries.reshape(-1, self.num_heads, queries.shape[-1])
         latent_output = torch.empty(
             (queries.shape[0], self.num_heads, self.projection.v_rank),
@@ -67,7 +68,7 @@ class LatentAttention(Attention):
         per_kv_head = latent_output.view(
             -1, heads, self.num_heads // heads, latent_output.shape[-1]
         )
-        output = torch.einsum("thgr,hdr->thgd", per_kv_head, self.v_up)
+        output = product("thgr,hdr->thgd", per_kv_head, self.v_up)
         return output.reshape(-1, self.num_heads * head_size)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
@@ -89,7 +90,24 @@ def latents(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 
     Contiguous: vLLM's CUDA kernels that store keys assume so of heads within a token.
     """
-    return torch.einsum("thd,hrd->thr", x, down).contiguous()
+    return product("thd,hrd->thr", x, down).contiguous()
+
+
+def product(equation: str, x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """einsum in x's dtype; in fp32 on a CPU that would emulate it, many times more slowly."""
+    if x.device.type == "cpu" and x.dtype in _emulated():
+        return torch.einsum(equation, x.float(), basis.float()).to(x.dtype)
+    return torch.einsum(equation, x, basis)
+
+
+@cache
+def _emulated() -> frozenset[torch.dtype]:
+    """Dtypes that torch's CPU library says it has no fast products for on this machine."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return frozenset(dtype for dtype, there in supported.items() if not there())
 
 
 def make_latent(layer: Attention, projection: KVProjection) -> None:
