@@ -5,7 +5,6 @@ torch.compile may fuse them with what the model does before and after.
 """
 
 from dataclasses import replace
-from functools import cache
 
 import torch
 
@@ -25,6 +24,11 @@ from vllm_svd.format import KVProjection
 # Backends that serve any head size they list when constructed as Attention constructs them.
 NATIVE_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 CUDA_RANK_MULTIPLE = 8
+# Whether torch's CPU library has fast products of these dtypes on this machine. Asked here, not in
+# forward: compilation cannot trace the question.
+_HAS_MKLDNN = hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+EMULATES_BF16 = _HAS_MKLDNN and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+EMULATES_FP16 = _HAS_MKLDNN and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 class LatentAttention(Attention):
@@ -95,19 +99,12 @@ def latents(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 
 def product(equation: str, x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """einsum in x's dtype; in fp32 on a CPU that would emulate it, many times more slowly."""
-    if x.device.type == "cpu" and x.dtype in _emulated():
+    emulated = (x.dtype == torch.bfloat16 and EMULATES_BF16) or (
+        x.dtype == torch.float16 and EMULATES_FP16
+    )
+    if x.device.type == "cpu" and emulated:
         return torch.einsum(equation, x.float(), basis.float()).to(x.dtype)
     return torch.einsum(equation, x, basis)
-
-
-@cache
-def _emulated() -> frozenset[torch.dtype]:
-    """Dtypes that torch's CPU library says it has no fast products for on this machine."""
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return frozenset(dtype for dtype, there in supported.items() if not there())
 
 
 def make_latent(layer: Attention, projection: KVProjection) -> None:
