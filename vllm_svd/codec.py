@@ -34,6 +34,11 @@ def scale_of(byte: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Te
     return torch.where(byte == NOT_FINITE, math.nan, torch.exp2(exponent)).to(dtype)
 
 
+def scales() -> torch.Tensor:
+    """[256] fp32: what each scale byte stands for."""
+    return scale_of(torch.arange(256))
+
+
 def bounds() -> torch.Tensor:
     """[STORES, 256] fp32: the largest magnitude that each scale byte does not clip.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,20 +36,17 @@ class CacheGrid:
 
     def recipes(self, how: dict[str, Any]) -> Iterator[tuple[str, float, Recipe]]:
         """Name, share of the dense bytes and recipe; the weights stay dense."""
-        for mode in self.modes:
-            for group in self.groups:
-                for store in self.stores:
-                    for allocator in self.allocators:
-                        for kept in self.kept:
-                            cache = {
-                                "kept": kept,
-                                "mode": mode,
-                                "group": group,
-                                "store": store,
-                                "allocator": allocator,
-                            }
-                            recipe = {"weights": {"kept": 1.0}, "kv": cache, "calibration": how}
-                            yield self._name(mode, group, store, allocator), kept, recipe
+        axes = self.modes, self.groups, self.stores, self.allocators, self.kept
+        for mode, group, store, allocator, kept in product(*axes):
+            cache = {
+                "kept": kept,
+                "mode": mode,
+                "group": group,
+                "store": store,
+                "allocator": allocator,
+            }
+            recipe = {"weights": {"kept": 1.0}, "kv": cache, "calibration": how}
+            yield self._name(mode, group, store, allocator), kept, recipe
 
     def baselines(self) -> list[Store]:
         """Raises RecipeError for a store that is not known."""

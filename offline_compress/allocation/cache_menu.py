@@ -1,12 +1,13 @@
 """What a key or value latent may become at every size, and the least that it loses there."""
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
 
 from offline_compress.linalg import relative_noise
-from vllm_svd.format import Store, Tier
+from vllm_svd.format import Store, Tier, latent_bytes
 
 CacheStore = Literal["model", "fp8_e4m3", "int8", "int4", "tiers"]
 
@@ -24,9 +25,7 @@ class Latent(NamedTuple):
 
     def bytes(self, item_bytes: int) -> int:
         """Of one token and group."""
-        if not self.tiers:
-            return self.rank * item_bytes
-        return sum(tier.bytes for tier in self.tiers)
+        return latent_bytes(self.rank, self.tiers, item_bytes)
 
 
 class Offer(NamedTuple):
@@ -37,20 +36,18 @@ class Offer(NamedTuple):
     lost: float
 
 
-def latents(channels: int, store: CacheStore, step: int) -> Iterator[Latent]:
+@cache
+def latents(channels: int, store: CacheStore, step: int) -> tuple[Latent, ...]:
     """Every latent whose tiers are multiples of `step`, of at most `channels` channels.
 
     At `model` the last one is of full rank even where `step` does not divide it.
     """
     if store == "model":
-        for rank in range(step, channels + step, step):
-            yield Latent(min(rank, channels))
-    elif store == "tiers":
-        coarse = -(-channels // (step * _STEPS)) * step
-        yield from _ladders(channels, coarse, LADDER)
-    else:
-        for rank in range(step, channels + 1, step):
-            yield Latent(rank, (Tier(channels=rank, store=store),))
+        return tuple(Latent(min(rank, channels)) for rank in range(step, channels + step, step))
+    if store == "tiers":
+        return tuple(_ladders(channels, -(-channels // (step * _STEPS)) * step, LADDER))
+    ranks = range(step, channels + 1, step)
+    return tuple(Latent(rank, (Tier(channels=rank, store=store),)) for rank in ranks)
 
 
 def _ladders(left: int, step: int, stores: Sequence[Store]) -> Iterator[Latent]:

@@ -2,7 +2,17 @@
 
 from vllm_svd.format.config import FORMAT_VERSION, QUANT_METHOD, SvdCheckpointConfig, parse, read
 from vllm_svd.format.delta import Delta
-from vllm_svd.format.kv import BITS, SCALE_BYTES, STORES, KVProjection, Mode, Side, Store, Tier
+from vllm_svd.format.kv import (
+    BITS,
+    SCALE_BYTES,
+    STORES,
+    KVProjection,
+    Mode,
+    Side,
+    Store,
+    Tier,
+    latent_bytes,
+)
 from vllm_svd.format.linear import Stored
 from vllm_svd.format.manifest import Manifest, ShardRecord, TensorRecord, sha256
 from vllm_svd.format.modules import (
@@ -36,6 +46,7 @@ __all__ = [
     "SvdCheckpointConfig",
     "TensorRecord",
     "Tier",
+    "latent_bytes",
     "parse",
     "read",
     "sha256",

@@ -1,5 +1,6 @@
 """K/V channel projections of an attention layer, and how its latents are stored on the page."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal, get_args
 
@@ -38,6 +39,11 @@ class Tier(BaseModel):
     def bytes(self) -> int:
         """Of one token and group."""
         return self.code_bytes + SCALE_BYTES
+
+
+def latent_bytes(rank: int, tiers: Sequence[Tier], item_bytes: int) -> int:
+    """Of one token and group: in tiers, or in the model's dtype, which takes `item_bytes`."""
+    return sum(tier.bytes for tier in tiers) if tiers else rank * item_bytes
 
 
 class KVProjection(BaseModel):
@@ -107,9 +113,10 @@ class KVProjection(BaseModel):
 
     def sizes(self, item_bytes: int) -> tuple[int, int]:
         """Bytes of one key and of one value latent, where the model's dtype takes `item_bytes`."""
-        if not self.k_tiers:
-            return self.k_rank * item_bytes, self.v_rank * item_bytes
-        return sum(tier.bytes for tier in self.k_tiers), sum(tier.bytes for tier in self.v_tiers)
+        return (
+            latent_bytes(self.k_rank, self.k_tiers, item_bytes),
+            latent_bytes(self.v_rank, self.v_tiers, item_bytes),
+        )
 
     def bytes_per_token(self, item_bytes: int) -> int:
         """Cached bytes of this layer for one token, over all groups."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_svd import codec
-from vllm_svd.format import KVProjection, Tier
+from vllm_svd.format import STORES, KVProjection, Tier
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,12 @@ class Run:
     tier: Tier
     codes: int
     scale: int
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int, int]:
+        """For machine code: store, first channel, channels, byte of the codes, of the scale."""
+        tier = self.tier
+        return STORES.index(tier.store), self.channel, tier.channels, self.codes, self.scale
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ def _parts(runs: Sequence[Run], least: int = MIN_SIDE) -> tuple[Part, ...]:
 # Tables are made once per device, by the first call: a warm-up, before CUDA graphs are captured.
 @functools.cache
 def scale_table(device: torch.device) -> torch.Tensor:
-    """[256] fp32: what each scale byte stands for, as codec computes it."""
-    return codec.scale_of(torch.arange(256)).to(device)
+    """codec.scales() on this device."""
+    return codec.scales().to(device)
 
 
 @functools.cache

@@ -19,7 +19,6 @@ from vllm_svd.kernels.latent_attention.native import (
     KINDS,
     LANES,
     PLAN_COLUMNS,
-    STORES,
     TIERS,
     TILE,
 )
@@ -198,19 +197,9 @@ def _tiers(layout: LatentLayout) -> tuple[dict[str, int], Any]:
     """Where the tiers lie and the values of scales and fp8 codes; the arrays are to be kept."""
     if not layout.quantised:
         return {}, None
-    runs = [
-        np.array(
-            [
-                (STORES[run.tier.store], run.channel, run.tier.channels, run.codes, run.scale)
-                for run in part
-            ],
-            dtype=np.int64,
-        )
-        for part in layout.runs
-    ]
-    codes = torch.arange(256, dtype=torch.uint8)
-    scales = codec.scale_of(codes).numpy()
-    fp8 = codes.view(torch.float8_e4m3fn).float().numpy()
+    runs = [np.array([run.numbers for run in part], dtype=np.int64) for part in layout.runs]
+    scales = codec.scales().numpy()
+    fp8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
     addresses = {
         "k_runs": runs[0].ctypes.data,
         "k_num_runs": len(runs[0]),

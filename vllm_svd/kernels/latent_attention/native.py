@@ -19,11 +19,8 @@ from typing import Any
 
 import torch
 
-from vllm_svd.format import Store
-
 # Numbers by which the machine code knows dtypes and tiers.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-STORES: dict[Store, int] = {"fp8_e4m3": 0, "int8": 1, "int4": 2, "int2": 3}
 TIERS = -1
 TILE = 64  # tokens whose latents are decoded, and keys rebuilt, at a time
 AHEAD = 8  # tokens whose scores are computed at a time: rows that follow a tile's keys

@@ -11,10 +11,11 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from vllm_svd.kernels.latent_attention.native import KINDS, STORES
+from vllm_svd.format import STORES
+from vllm_svd.kernels.latent_attention.native import KINDS
 
 FLOAT32, BFLOAT16 = KINDS[torch.float32], KINDS[torch.bfloat16]
-FP8, INT8, INT4 = STORES["fp8_e4m3"], STORES["int8"], STORES["int4"]
+FP8, INT8, INT4 = (STORES.index(store) for store in ("fp8_e4m3", "int8", "int4"))
 HUGE = 1 << 40
 # Sums in any order, fused; but infinities and NaN must stay what they are.
 FAST = {"reassoc", "contract", "nsz", "arcp"}

@@ -7,9 +7,9 @@ from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.latent_store import compiled, reference
 
 
-def prepare(device: torch.device) -> None:
-    """What the first call on a CPU would wait for: compile the store of tiers."""
-    if device.type == "cpu" and native.is_there():
+def prepare(device: torch.device, layout: LatentLayout) -> None:
+    """What the first call on a CPU would wait for: compile the store of tiers, where there are."""
+    if device.type == "cpu" and layout.quantised and native.is_there():
         compiled.warm_up()
 
 

@@ -39,24 +39,15 @@ def store(
 @functools.cache
 def _tables() -> tuple[Any, Any, Any, Any]:
     bounds = codec.bounds().numpy()
-    scales = codec.scale_of(torch.arange(256)).numpy()
+    scales = codec.scales().numpy()
     largest = np.array([codec.LARGEST[store] for store in STORES], dtype=np.float32)
     return bounds, scales, largest, np.array([codec.TRIED[store] for store in STORES])
 
 
 @functools.lru_cache(maxsize=64)
 def _runs(layout: LatentLayout) -> tuple[Any, Any]:
-    """Of keys and of values: store, first channel, channels, byte of the codes, of the scale."""
-    keys, values = (
-        np.array(
-            [
-                (STORES.index(run.tier.store), run.channel, run.tier.channels, run.codes, run.scale)
-                for run in part
-            ],
-            dtype=np.int64,
-        )
-        for part in layout.runs
-    )
+    """Of keys and of values: Run.numbers, [tiers, 5]."""
+    keys, values = (np.array([run.numbers for run in part], dtype=np.int64) for part in layout.runs)
     return keys, values
 
 
