@@ -49,6 +49,9 @@ Kept = Annotated[
     float | None,
     typer.Option(help="Fraction of the matrices' bytes that stays; 1 is dense.  [default: 0.8]"),
 ]
+KVOnly = Annotated[
+    bool, typer.Option("--kv-only", help="Leave the weights as they are, dense or quantised.")
+]
 KVKept = Annotated[
     float | None,
     typer.Option(help="Fraction of the cache's bytes that stays; 1 is dense.  [default: 0.5]"),
@@ -105,6 +108,7 @@ def run(
     method: Method = None,
     allocator: Allocator = None,
     kept: Kept = None,
+    kv_only: KVOnly = False,
     kv_kept: KVKept = None,
     kv_mode: KVMode = None,
     kv_group: KVGroup = None,
@@ -124,7 +128,7 @@ def run(
     from offline_compress.workspace import forsaken
 
     cache = _cache_flags(kv_kept, kv_mode, kv_group, kv_store, kv_allocator)
-    flags = _flags(method, allocator, kept, text, samples, seed, device) | cache
+    flags = _flags(method, allocator, kept, kv_only, text, samples, seed, device) | cache
     wanted, invalid = load_valid(recipe, flags)
     if invalid is not None:
         prepare_run(wanted, model, out, invalid)  # raises it, with all else that is wrong
@@ -158,6 +162,7 @@ def plan(
     method: Method = None,
     allocator: Allocator = None,
     kept: Kept = None,
+    kv_only: KVOnly = False,
     kv_kept: KVKept = None,
     kv_mode: KVMode = None,
     kv_group: KVGroup = None,
@@ -174,7 +179,7 @@ def plan(
     from offline_compress.report import plan_tables
 
     cache = _cache_flags(kv_kept, kv_mode, kv_group, kv_store, kv_allocator)
-    flags = _flags(method, allocator, kept, text, samples, seed, device) | cache
+    flags = _flags(method, allocator, kept, kv_only, text, samples, seed, device) | cache
     wanted, invalid = load_valid(recipe, flags)
     _print(*plan_tables(prepare_plan(wanted, model, out, invalid)))
 
@@ -322,15 +327,22 @@ def _flags(
     method: str | None,
     allocator: str | None,
     kept: float | None,
+    kv_only: bool,
     text: Path | None,
     samples: int | None,
     seed: int | None,
     device: str | None,
 ) -> dict[str, Any]:
+    from offline_compress.recipe import RecipeError
+
+    if kv_only and kept not in (None, 1.0):
+        problem = f"--kept {kept} was given beside --kv-only, which leaves the weights as they are"
+        raise RecipeError("the command line", [f"{problem}; drop one of the two"])
     return {
         "--method": method,
         "--allocator": allocator,
         "--kept": kept,
+        "--kv-only": 1.0 if kv_only else None,
         "--text": text and str(text),
         "--samples": samples,
         "--seed": seed,

@@ -201,7 +201,7 @@ def _planned(
         for path, (rows, columns) in layer.shapes.items():
             found = chosen.get(path, "weights.kept is 1")
             matrices[path] = (
-                MatrixPlan(out_features=rows, in_features=columns, reason=found)
+                _unchanged(source, path, rows, columns, found)
                 if isinstance(found, str)
                 else MatrixPlan(
                     out_features=rows, in_features=columns, module=found, method=method.name
@@ -214,6 +214,18 @@ def _planned(
                 update={"projection": own, "reason": None}
             )
     return matrices, caches
+
+
+def _unchanged(source: Source, path: str, rows: int, columns: int, reason: str) -> MatrixPlan:
+    """A matrix that stays as the source has it."""
+    if source.quantised is None or path not in source.quantised.shapes:
+        return MatrixPlan(out_features=rows, in_features=columns, reason=reason)
+    return MatrixPlan(
+        out_features=rows,
+        in_features=columns,
+        stored_bytes=source.bytes_of(f"{path}.weight"),
+        reason=f"quantised by {source.quantised.method}",
+    )
 
 
 def _too_few_tokens(recipe: CompressionRecipe, matrices: Mapping[str, MatrixPlan]) -> Iterator[str]:

@@ -74,7 +74,7 @@ def prepare_run(
     if source is None or ranks is None or device is None or corpus is None or found.errors:
         raise found.error()
     if source.stored is None:
-        source = open_source(model)
+        source = open_source(model, quantised=_leaves_weights(recipe))
         ranks = plan(recipe, source)
     base = _base(recipe, source)
     digest = sha256(Path(str(recipe.calibration.text)))
@@ -166,7 +166,9 @@ def _prepare(
     text = recipe.calibration.text
     content = found.attempt(lambda: read_text(Path(text))) if text is not None else None
     device = found.attempt(lambda: pick_device(recipe.calibration.device))
-    source = found.attempt(lambda: open_source(model, weights=False))
+    source = found.attempt(
+        lambda: open_source(model, weights=False, quantised=_leaves_weights(recipe))
+    )
     ranks = corpus = None
     if source is not None:
         ranks = found.attempt(lambda: plan(recipe, source))
@@ -185,6 +187,11 @@ def _prepare(
     if out is not None:
         found.attempt(lambda: output_fits(out))
     return source, ranks, device, corpus
+
+
+def _leaves_weights(recipe: CompressionRecipe) -> bool:
+    """Whether the matrices stay as they are, and may then be quantised by another method."""
+    return recipe.weights.kept == 1
 
 
 def _work_bytes(

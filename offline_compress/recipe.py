@@ -134,6 +134,7 @@ FLAGS = {
     "--method": "weights.method",
     "--allocator": "weights.allocator",
     "--kept": "weights.kept",
+    "--kv-only": "weights.kept",
     "--kv-kept": "kv.kept",
     "--kv-mode": "kv.mode",
     "--kv-group": "kv.group",

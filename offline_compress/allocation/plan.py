@@ -13,10 +13,14 @@ class _Frozen(BaseModel):
 
 
 class MatrixPlan(_Frozen):
-    """One weight [m, n]: the artefact it becomes, or the reason why it stays dense."""
+    """One weight [m, n]: the artefact it becomes, or the reason why it stays dense.
+
+    `stored_bytes` is what it takes as another method quantised it; None where it is dense.
+    """
 
     out_features: int
     in_features: int
+    stored_bytes: int | None = None
     module: Module | None = None
     method: str = "dense"
     reason: str | None = None
@@ -27,6 +31,9 @@ class MatrixPlan(_Frozen):
         return getattr(self.module, "rank", None)
 
     def dense_bytes(self, item_bytes: int) -> int:
+        """As the source has it."""
+        if self.stored_bytes is not None:
+            return self.stored_bytes
         return self.out_features * self.in_features * item_bytes
 
     def bytes(self, item_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""A dense checkpoint from a compressed one: factors multiplied back."""
+"""The checkpoint that a compressed one was made from: factors multiplied back, bases dropped."""
 
 import json
 import shutil
@@ -47,6 +47,7 @@ def restore(
 ) -> Dropped:
     """Write what every artefact approximates, in the stored dtype, to a plain checkpoint `dense`.
 
+    Weights that another method quantised stay as they are.
     Deltas are added to the weights of `base`, or of the model that the checkpoint names.
     Raises CheckpointFormatError for a damaged input and OutputError for an unwritable output.
     """
@@ -67,6 +68,8 @@ def restore(
         (directory / MANIFEST_FILE).unlink()  # part of the svd format only
         raw = read_json(compressed / "config.json")
         del raw["quantization_config"]
+        if config.weights is not None:
+            raw["quantization_config"] = config.weights
         (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         for path in companions:
             shutil.copyfile(path, directory / path.name)

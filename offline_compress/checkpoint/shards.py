@@ -17,14 +17,6 @@ from vllm_svd.format.dtypes import DTYPE_BYTES
 from vllm_svd.format.manifest import INDEX_FILE, MANIFEST_FILE
 
 MAX_SHARD_BYTES = 4 << 30
-STORED_AS = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.int32: "I32",
-}
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ def write(
         modules=dict(modules),
         kv=dict(kv),
         base=reference_to(base, modules) if base is not None and modules else None,
+        weights=dict(source.quantised.config) if source.quantised else None,
     )
     write_shards(directory, _tensors(source, config, read), max_shard_bytes, progress)
     _write_config(source.directory / "config.json", directory / "config.json", config)
@@ -77,11 +78,12 @@ def _tensors(
     for name, stored in config.tensors().items():
         made[name] = Pending(stored.dtype or source.dtype, stored.shape, partial(read, name))
     pending: dict[str, Pending] = {}
-    for name, shape in source.shapes.items():
+    for name in source.shapes:
         path = name.removesuffix(".weight")
         module = config.modules.get(path) if name.endswith(".weight") else None
         if module is None:
-            pending[name] = Pending(source.dtype_of(name), shape, partial(source.read, name))
+            for part, (dtype, size) in source.on_disk(name).items():
+                pending[part] = Pending(dtype, size, partial(source.read_stored, part))
         else:
             pending |= {part: made[part] for part in module.tensors(path)}
     return pending | made  # and the bases

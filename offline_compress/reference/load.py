@@ -17,12 +17,15 @@ from offline_compress.reference.latent_kv import install_kv
 from offline_compress.weights import (
     TORCH_DTYPES,
     DType,
+    Headers,
+    Quantised,
     Source,
     SourceError,
     meta_model,
     model_config,
     open_base,
     open_source,
+    quantised_layers,
 )
 from vllm_svd.errors import CheckpointFormatError, SvdError
 from vllm_svd.format import QUANT_METHOD, Manifest, SvdCheckpointConfig, verify
@@ -39,13 +42,17 @@ def load(
     """The model in `directory`, in evaluation mode on `device`, in `dtype` or the config's own.
 
     RoPE frequencies stay in fp32 whatever `dtype` is; `.to(dtype)` on the result would round them.
-    Deltas are added to the weights of `base`, or of the model that the checkpoint names.
+    Deltas are added to the weights of `base`, or of the model that the checkpoint names. Weights
+    that another method quantised become the dense ones that they stand for.
     Raises CheckpointFormatError if a compressed checkpoint is damaged or incomplete, and SvdError
-    if a dense one is, or if another quantisation method wrote it.
+    if another one is.
     """
     directory = Path(directory)
-    if not _is_compressed(directory):
+    method = _quant_method(directory)
+    if method is None:
         return _load_dense(directory, dtype).to(device).eval()
+    if method != QUANT_METHOD:
+        return _load_quantised(directory, dtype).to(device).eval()
     return _load_compressed(directory, verify(directory), dtype, base).to(device).eval()
 
 
@@ -58,8 +65,8 @@ def describe(directory: Path) -> tuple[PretrainedConfig, torch.dtype]:
         raise SourceError(
             f"{directory}: no such directory\nRemedy: give a dense or compressed checkpoint"
         )
-    if not _is_compressed(directory):
-        source = open_source(str(directory))
+    if _quant_method(directory) != QUANT_METHOD:
+        source = open_source(str(directory), quantised=True)
         return source.config, source.torch_dtype
     model = check(directory, verify(directory, contents=False))
     return model.config, model.dtype
@@ -86,8 +93,12 @@ def check(
     manifest = read_manifest(directory)
     problems = _misfits(dense, family, config)
     if not problems:
-        model = _skeleton(dense, family, config, dtype or _stored_dtype(of_model, config, manifest))
-        problems = _differences(model, manifest)
+        stored = _stored_dtype(of_model, config, manifest)
+        model = _skeleton(dense, family, config, dtype or stored)
+        try:
+            problems = _differences(model, _dense_headers(model, config, manifest))
+        except SourceError as error:
+            problems = [str(error).partition("\n")[0]]
     if problems:
         raise CheckpointFormatError(
             str(directory), problems, "compress the model again; config.json names another shape"
@@ -95,15 +106,28 @@ def check(
     return model
 
 
-def _is_compressed(directory: Path) -> bool:
-    """Whether `directory` holds a quantization_config; raises SvdError for another method's."""
+def _quant_method(directory: Path) -> str | None:
+    """Who compressed or quantised the model in `directory`; None where it is dense."""
     quantization = read_json(directory / "config.json").get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") != QUANT_METHOD:
-        raise SvdError(
-            f"{directory} is quantised with {quantization.get('quant_method')!r}; accepted are "
-            f"dense checkpoints and {QUANT_METHOD!r}\nRemedy: start from the dense checkpoint"
-        )
-    return quantization is not None
+    if quantization is None:
+        return None
+    return str(quantization.get("quant_method")) if isinstance(quantization, dict) else QUANT_METHOD
+
+
+def _load_quantised(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    source = open_source(str(directory), quantised=True)
+    model = cast(PreTrainedModel, meta_model(directory, source.config))
+    model.to(dtype or source.torch_dtype)
+    return _filled(model, {name: source.read(name).to(model.dtype) for name in source.shapes})
+
+
+def _filled(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """A model on the meta device with its tensors, as they are."""
+    # RoPE frequencies are computed, never stored
+    model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=model.config)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    return model
 
 
 def _load_dense(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -141,16 +165,23 @@ def _load_compressed(
     base: str | Path | None,
 ) -> PreTrainedModel:
     model = check(directory, config, dtype)
-    # RoPE frequencies are computed, never stored
-    model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=model.config)
-    packed = {name for name, stored in config.tensors().items() if stored.dtype}
-    state = {
-        name: tensor if name in packed else tensor.to(model.dtype)
-        for shard in read_manifest(directory).shards
+    manifest = read_manifest(directory)
+    held = {
+        name: tensor
+        for shard in manifest.shards
         for name, tensor in load_file(directory / shard).items()
     }
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
+    if (quantised := _quantised(model, config, manifest)) is not None:
+        for path in quantised.shapes:
+            weight = quantised.dense(path, held.__getitem__)
+            for part in quantised.parts(path):
+                del held[part]
+            held[f"{path}.weight"] = weight
+    as_stored = {name for name, stored in config.tensors().items() if stored.dtype}
+    _filled(
+        model,
+        {name: t if name in as_stored else t.to(model.dtype) for name, t in held.items()},
+    )
     if config.deltas:
         _add_deltas(model, config, open_base(config, base))
     return model
@@ -203,8 +234,8 @@ def _stored_dtype(
 ) -> torch.dtype:
     if of_model.dtype is not None:
         return cast(torch.dtype, of_model.dtype)
-    own = next(name for name in manifest.tensors if name not in config.tensors())
-    return TORCH_DTYPES[cast(DType, manifest.tensors[own].dtype)]
+    found = (r.dtype for name, r in manifest.tensors.items() if name not in config.tensors())
+    return TORCH_DTYPES[next(dtype for dtype in found if dtype in TORCH_DTYPES)]
 
 
 def _skeleton(
@@ -222,11 +253,33 @@ def _skeleton(
     return model
 
 
-def _differences(model: PreTrainedModel, manifest: Manifest) -> list[str]:
+def _quantised(
+    model: PreTrainedModel, config: SvdCheckpointConfig, manifest: Manifest
+) -> Quantised | None:
+    """The layers that another method quantised, where one did; raises SourceError."""
+    if config.weights is None:
+        return None
+    linears = family_of(model.config).linear_paths(model.config)
+    shapes = {path: tuple(model.get_submodule(path).weight.shape) for path in linears}
+    return quantised_layers(config.weights, shapes, _headers(manifest))
+
+
+def _dense_headers(
+    model: PreTrainedModel, config: SvdCheckpointConfig, manifest: Manifest
+) -> Headers:
+    quantised = _quantised(model, config, manifest)
+    return _headers(manifest) if quantised is None else quantised.dense_headers("F32")
+
+
+def _headers(manifest: Manifest) -> Headers:
+    return {n: (cast(DType, record.dtype), record.shape) for n, record in manifest.tensors.items()}
+
+
+def _differences(model: PreTrainedModel, headers: Headers) -> list[str]:
     """Names and shapes of the stored tensors against the model's."""
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: list(record.shape) for name, record in manifest.tensors.items()}
+    found = {name: list(shape) for name, (_, shape) in headers.items()}
     return [
         *(f"{name}: missing" for name in sorted(expected.keys() - found.keys() - tied)),
         *(f"{name}: not part of this model" for name in sorted(found.keys() - expected.keys())),

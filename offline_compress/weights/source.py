@@ -3,19 +3,22 @@
 import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from offline_compress.families import Family, family_of, unfuse
 from offline_compress.weights.hub import COMPANIONS, resolve
+from offline_compress.weights.quantised import Quantised, quantised_layers
 from offline_compress.weights.shards import (
     HEAD,
     TORCH_DTYPES,
     DType,
+    Headers,
     Shards,
     SourceError,
     item_bytes,
@@ -24,6 +27,7 @@ from offline_compress.weights.shards import (
     open_shards,
 )
 from vllm_svd.format import QUANT_METHOD
+from vllm_svd.format.dtypes import DTYPE_BYTES
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _EMBEDDING = "model.embed_tokens.weight"
@@ -34,6 +38,8 @@ class Source:
     """A dense model: `shapes` of every tensor it holds, by its config alone.
 
     `stored` is where and how each is on disk; None while only the config of a hub model is here.
+    `quantised` are the linear layers that another method stores its way: they are read as the dense
+    weights that they stand for, and copied as they are.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Source:
     dtype: DType
     shapes: dict[str, tuple[int, ...]]
     stored: Shards | None
+    quantised: Quantised | None = None
 
     @property
     def public_name(self) -> str:
@@ -61,25 +68,47 @@ class Source:
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """[m, n] of every compressible linear layer, in execution order."""
-        found = {}
-        for path in self.family.linear_paths(self.config):
-            out_features, in_features = self.shapes[f"{path}.weight"]
-            found[path] = (out_features, in_features)
-        return found
+        return {path: _matrix(self.shapes, path) for path in self.family.linear_paths(self.config)}
 
     def dtype_of(self, name: str) -> DType:
         """The dtype of a tensor on disk, or the model's while its header is not here."""
         return self.stored.headers[name][0] if self.stored else self.dtype
 
+    def on_disk(self, name: str) -> Headers:
+        """What is stored of a tensor: itself, in the model's dtype while its header is not here.
+
+        Of a quantised weight, all its parts.
+        """
+        if self.stored is None:
+            return {name: (self.dtype, self.shapes[name])}
+        path = self._quantised(name)
+        parts = self.quantised.parts(path) if self.quantised and path else [name]
+        return {part: self.stored.headers[part] for part in parts}
+
     def bytes_of(self, name: str) -> int:
         """The size of a tensor on disk."""
-        return math.prod(self.shapes[name]) * item_bytes(self.dtype_of(name))
+        return sum(math.prod(s) * DTYPE_BYTES[dtype] for dtype, s in self.on_disk(name).values())
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, as stored; raises SourceError if its shard is damaged."""
+        """One tensor, on the CPU, as stored; raises SourceError if its shard is damaged.
+
+        A quantised weight is made whole, in fp32.
+        """
+        path = self._quantised(name)
+        if self.quantised and path:
+            return self.quantised.dense(path, self.read_stored)
+        return self.read_stored(name)
+
+    def read_stored(self, name: str) -> torch.Tensor:
+        """One tensor of `on_disk`; raises SourceError if its shard is damaged."""
         if self.stored is None:
             raise SourceError(f"the weights of {self.name} are not here\nRemedy: fetch them first")
         return self.stored.read(name)
+
+    def _quantised(self, name: str) -> str | None:
+        """The path of the quantised layer whose weight is called `name`."""
+        path = name.removesuffix(".weight")
+        return path if self.quantised and path in self.quantised.shapes else None
 
     def companions(self) -> Iterator[Path]:
         """Tokenizer, generation config and licence files, in a fixed order."""
@@ -87,27 +116,40 @@ class Source:
         yield from sorted(path for path in found if path.is_file())
 
 
-def open_source(model: str, *, weights: bool = True) -> Source:
+def open_source(model: str, *, weights: bool = True, quantised: bool = False) -> Source:
     """Resolve MODEL, a directory or a hub id, and check it against its own config.
 
-    Without `weights` only the config and tokenizer of a hub model are fetched. Raises SourceError,
-    or UnsupportedModelError for another architecture.
+    Without `weights` only the config and tokenizer of a hub model are fetched. A model whose
+    weights another method quantised is accepted where it may be `quantised`. Raises SourceError, or
+    UnsupportedModelError for another architecture.
     """
     directory = resolve(model, weights)
-    config = _config(directory)
+    config, quantization = _config(directory)
+    if quantization and not quantised:
+        raise SourceError(
+            f"{directory} is quantised ({quantization.get('quant_method')})\n"
+            "Remedy: project its K/V cache alone with run --kv-only, or give the model it was "
+            "quantised from, in bfloat16, float16 or float32"
+        )
     family = family_of(config)
     shapes = _shapes(directory, config)
     dtype = _NAMES.get(config.dtype) if config.dtype is not None else None
-    stored = None
+    stored = packed = None
     if weights or Path(model).expanduser().is_dir():
         stored = open_shards(directory)
-        if problems := misfits(shapes, stored.headers) or _untied(config, stored):
+        headers = stored.headers
+        if quantization:
+            linears = {path: _matrix(shapes, path) for path in family.linear_paths(config)}
+            packed = quantised_layers(quantization, linears, headers)
+            dtype = dtype or stored.headers.get(_EMBEDDING, ("F32", ()))[0]
+            headers = packed.dense_headers(dtype)
+        if problems := misfits(shapes, headers) or _untied(config, stored):
             raise SourceError(
                 f"{directory} is not the model that its config.json describes:{listed(problems)}\n"
                 "Remedy: copy the model again, config.json and every shard of it"
             )
-        dtype = dtype or stored.headers[next(family.linear_paths(config)) + ".weight"][0]
-    return Source(model, directory, config, family, dtype or "F32", shapes, stored)
+        dtype = dtype or headers[next(family.linear_paths(config)) + ".weight"][0]
+    return Source(model, directory, config, family, dtype or "F32", shapes, stored, packed)
 
 
 def model_config(directory: Path) -> PretrainedConfig:
@@ -146,7 +188,13 @@ def _refused(directory: Path, error: Exception) -> SourceError:
     )
 
 
-def _config(directory: Path) -> PretrainedConfig:
+def _matrix(shapes: Mapping[str, tuple[int, ...]], path: str) -> tuple[int, int]:
+    out_features, in_features = shapes[f"{path}.weight"]
+    return out_features, in_features
+
+
+def _config(directory: Path) -> tuple[PretrainedConfig, dict[str, Any] | None]:
+    """config.json as transformers reads it, and apart from it another method's quantisation."""
     if not (directory / "config.json").is_file():
         raise SourceError(
             f"{directory} holds no config.json\nRemedy: give the directory of a Hugging Face model"
@@ -171,12 +219,10 @@ def _config(directory: Path) -> PretrainedConfig:
             "Remedy: compress the dense model it came from, or make a dense one with "
             "offline-compress restore"
         )
+    config = model_config(directory)
     if quantization:
-        raise SourceError(
-            f"{directory} is quantised ({quantization.get('quant_method')})\n"
-            "Remedy: give the model it was quantised from, in bfloat16, float16 or float32"
-        )
-    return model_config(directory)
+        del config.quantization_config  # transformers would look for the library that wrote it
+    return config, quantization
 
 
 def _shapes(directory: Path, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:

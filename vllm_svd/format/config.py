@@ -34,6 +34,7 @@ class SvdCheckpointConfig(BaseModel):
 
     `modules` is keyed by the Hugging Face path of a linear layer, `kv` by that of an attention
     layer. Every rank is here, not in a side file: vLLM keys its compile cache by config.json.
+    `weights` is the quantization_config of another method, which stores the linear layers its way.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +45,17 @@ class SvdCheckpointConfig(BaseModel):
     modules: dict[str, Module] = {}
     kv: dict[str, KVProjection] = {}
     base: BaseReference | None = None
+    weights: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _weights_are_of_one_method(self) -> "SvdCheckpointConfig":
+        if self.weights is None:
+            return self
+        if self.modules:
+            raise ValueError("`modules` beside `weights`, which another method has quantised")
+        if self.weights.get("quant_method") in (None, QUANT_METHOD):
+            raise ValueError("`weights` names no other quant_method than svd")
+        return self
 
     @model_validator(mode="after")
     def _deltas_have_a_base(self) -> "SvdCheckpointConfig":

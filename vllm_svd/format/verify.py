@@ -18,11 +18,12 @@ from vllm_svd.format.manifest import (
 
 # Endings of names that only compression adds: found without a module of config.json, they are
 # left over from another.
+_BASES = (".attn.k_down", ".attn.k_up", ".attn.v_down", ".attn.v_up")
 _ADDED = (
     *(".A", ".B", ".A_int8", ".A_scale", ".A_tail", ".B_int8", ".B_scale", ".B_tail"),
     *(".indices", ".codebooks", ".scales", ".reduced", ".rows", ".columns", ".correction"),
     *(".U", ".V", ".U_count", ".V_count", ".U_bitmap", ".V_bitmap", ".scale"),
-    *(".attn.k_down", ".attn.k_up", ".attn.v_down", ".attn.v_up"),
+    *_BASES,
 )
 
 
@@ -66,14 +67,17 @@ def _config_against_manifest(config: SvdCheckpointConfig, manifest: Manifest) ->
     dense = {name: record for name, record in manifest.tensors.items() if name not in expected}
     for name in sorted(config.replaced() & dense.keys()):
         problems.append(f"{name}: a dense weight beside the factors that replace it")
+    # Another method has names and dtypes of its own.
+    added = _BASES if config.weights else _ADDED
     for name in sorted(dense):
-        if name.endswith(_ADDED):
+        if name.endswith(added):
             problems.append(f"{name}: not named by config.json")
-    odd = {record.dtype for record in dense.values() if record.dtype not in MODEL_DTYPES}
+    of_dense = tuple(DTYPE_BYTES) if config.weights else MODEL_DTYPES
+    odd = {record.dtype for record in dense.values() if record.dtype not in of_dense}
     odd |= {record.dtype for record in manifest.tensors.values()} - DTYPE_BYTES.keys()
     if odd:
         problems.append(
-            f"dtypes {sorted(odd)} are not accepted; accepted are {', '.join(MODEL_DTYPES)}"
+            f"dtypes {sorted(odd)} are not accepted; accepted are {', '.join(of_dense)}"
         )
     return problems
 

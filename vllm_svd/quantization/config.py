@@ -14,6 +14,7 @@ from vllm_svd.compat import (
     QuantizationConfig,
     QuantizeMethodBase,
     VocabParallelEmbedding,
+    get_quantization_config,
     get_tensor_model_parallel_world_size,
     init_logger,
 )
@@ -50,11 +51,16 @@ class SvdConfig(QuantizationConfig):
         _refuse_unserved(checkpoint.modules)
         self.modules = dict(checkpoint.modules)
         self.kv = dict(checkpoint.kv)
+        # Whose method quantised the weights, where it was not ours.
+        self.weights = _config_of(checkpoint.weights) if checkpoint.weights else None
 
     def get_name(self) -> str:
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        if self.weights is not None:
+            accepted: list[torch.dtype] = self.weights.get_supported_act_dtypes()
+            return accepted
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
@@ -73,48 +79,45 @@ class SvdConfig(QuantizationConfig):
     def maybe_update_config(
         self,
         model_name: str,
-        hf_config: Any = None,  # noqa: ARG002
-        revision: str | None = None,  # noqa: ARG002
+        hf_config: Any = None,
+        revision: str | None = None,
     ) -> None:
         """Verify a local checkpoint before any tensor is read.
 
         VLLM_SVD_VERIFY=headers leaves out the SHA-256 of the shards (one read of the whole file),
         none leaves out everything. Raises CheckpointFormatError with every problem.
         """
-        depth = os.environ.get(VERIFY_VARIABLE, "contents")
-        if depth not in VERIFY_DEPTHS:
-            raise SvdError(
-                f"{VERIFY_VARIABLE} is {depth!r}; accepted are {', '.join(VERIFY_DEPTHS)}\n"
-                f"Remedy: unset {VERIFY_VARIABLE}"
-            )
-        directory = Path(model_name)
-        if depth == "none" or not directory.is_dir():
-            logger.warning("%s is not verified before loading.", model_name)
-            return
-        verify(directory, contents=depth == "contents")
-        logger.info("Verified the %s of %s.", depth, directory)
+        _verify(model_name)
+        if self.weights is not None:
+            self.weights.maybe_update_config(model_name, hf_config, revision)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
         self.kv = hf_to_vllm_mapper.apply_dict(self.kv)
+        if self.weights is not None:
+            self.weights.apply_vllm_mapper(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         self._check_tensor_parallel()
-        if isinstance(layer, LinearBase):
-            parent, _, leaf = prefix.rpartition(".")
-            names = self.packed_modules_mapping.get(leaf, _FUSED.get(leaf, [leaf]))
-            shards = [self.modules.get(f"{parent}.{name}") for name in names]
-            if any(shards):
-                return ShardedLinearMethod(shards)
-            return CheckedLinearMethod()
-        if isinstance(layer, VocabParallelEmbedding):
-            if prefix in self.modules:
-                raise _unserved([f"{prefix} is an embedding or the language-model head"])
-            return CheckedEmbeddingMethod()
         if isinstance(layer, Attention):
             projection = self.kv.get(prefix.removesuffix(".attn"))
             if projection is not None:
                 return LatentKVMethod(self, projection)
+        if self.weights is not None:
+            self.weights.packed_modules_mapping = self.packed_modules_mapping
+            return self.weights.get_quant_method(layer, prefix)
+        return self._own_method(layer, prefix)
+
+    def _own_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, LinearBase):
+            parent, _, leaf = prefix.rpartition(".")
+            names = self.packed_modules_mapping.get(leaf, _FUSED.get(leaf, [leaf]))
+            shards = [self.modules.get(f"{parent}.{name}") for name in names]
+            return ShardedLinearMethod(shards) if any(shards) else CheckedLinearMethod()
+        if isinstance(layer, VocabParallelEmbedding):
+            if prefix in self.modules:
+                raise _unserved([f"{prefix} is an embedding or the language-model head"])
+            return CheckedEmbeddingMethod()
         return None
 
     def _check_tensor_parallel(self) -> None:
@@ -138,6 +141,35 @@ class SvdConfig(QuantizationConfig):
                     f"start vLLM with another --tensor-parallel-size than {size}, or compress the "
                     "model with a smaller kv.group",
                 )
+
+
+def _verify(model_name: str) -> None:
+    """As far as VLLM_SVD_VERIFY says; a hub id is not verified."""
+    depth = os.environ.get(VERIFY_VARIABLE, "contents")
+    if depth not in VERIFY_DEPTHS:
+        raise SvdError(
+            f"{VERIFY_VARIABLE} is {depth!r}; accepted are {', '.join(VERIFY_DEPTHS)}\n"
+            f"Remedy: unset {VERIFY_VARIABLE}"
+        )
+    directory = Path(model_name)
+    if depth == "none" or not directory.is_dir():
+        logger.warning("%s is not verified before loading.", model_name)
+        return
+    verify(directory, contents=depth == "contents")
+    logger.info("Verified the %s of %s.", depth, directory)
+
+
+def _config_of(weights: dict[str, Any]) -> QuantizationConfig:
+    """vLLM's own config of the method that quantised the weights; raises UnsupportedModelError."""
+    method = weights["quant_method"]
+    try:
+        return get_quantization_config(method).from_config(weights)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"the weights are quantised by {method}, which this vLLM does not serve: {error}",
+            "what vLLM serves without K/V projections",
+            "serve the model that was quantised with a vLLM that serves it, or project another",
+        ) from None
 
 
 def _refuse_unserved(modules: Mapping[str, Module]) -> None:
