@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_svd.format import Tier
-from vllm_svd.kernels.latent_attention import cpu, reference, triton
+from vllm_svd.kernels.latent_attention import cpu, reference, split_triton, triton
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
 
@@ -159,7 +159,12 @@ def test_ragged_batches(kernel, mode, window):
         {"kv_heads": 3, "shared": 3, "group": 1, "k_rank": 40},
         {"kv_heads": 6, "shared": 3, "mode": "post"},
         {"k_rank": 5, "v_rank": 40, "d": 48},
+        {"d": 64, "k_rank": 32, "v_rank": 64},
         {"d": 80, "k_rank": 80, "v_rank": 16},
+        {"d": 96, "k_rank": 48, "v_rank": 16, "rotary_dim": 48},
+        {"d": 128, "k_rank": 64, "v_rank": 48},
+        {"d": 256, "k_rank": 112, "v_rank": 32},
+        {"d": 256, "k_rank": 176, "v_rank": 64, "mode": "post"},
         {"rotary_dim": 16},
         {"neox": False},
         {"neox": False, "rotary_dim": 24},
@@ -271,6 +276,20 @@ def test_padding_rows_are_left_alone(kernel):
     reference.attend(case.query, case.cache, case.batch, exact, **case.settings)
     assert (output[2] == 7.0).all()
     torch.testing.assert_close(output[:2].double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["pre", "post"])
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("processors", [8, 1000])
+def test_split_contexts(monkeypatch, mode, window, processors):
+    """Parts of some contexts are empty, or lie before the window."""
+    monkeypatch.setattr(split_triton, "LEAST_PART", 32)
+    monkeypatch.setattr(split_triton, "processors", lambda _: processors)
+    lengths = [(1, 300), (1, 3), (3, 129), (20, 40)]
+    assert split_triton.splits_of(60, 304, torch.device(DEVICE)) == {8: 1, 1000: 9}[processors]
+    check(triton, build(lengths, mode=mode, window=window))
+    check(triton, build(lengths, mode=mode, window=window, tiers=(THREE, THREE)))
+    test_padding_rows_are_left_alone(triton)
 
 
 def test_long_contexts_take_many_tiles(monkeypatch):

@@ -20,15 +20,11 @@ from vllm_svd.compat import (
 )
 from vllm_svd.errors import UnsupportedModelError
 from vllm_svd.format import KVProjection
+from vllm_svd.kernels.products import per_head
 
 # Backends that serve any head size they list when constructed as Attention constructs them.
 NATIVE_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 CUDA_RANK_MULTIPLE = 8
-# Whether torch's CPU library has fast products of these dtypes on this machine. Asked here, not in
-# forward: compilation cannot trace the question.
-_HAS_MKLDNN = hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
-EMULATES_BF16 = _HAS_MKLDNN and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-EMULATES_FP16 = _HAS_MKLDNN and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 class LatentAttention(Attention):
@@ -57,7 +53,7 @@ class LatentAttention(Attention):
         k_latent = latents(key.view(len(key), len(self.k_down), -1), self.k_down)
         v_latent = latents(value.view(len(value), len(self.v_down), -1), self.v_down)
         if self.projection.mode == "post":
-            queries = product("thgd,hdr->thgr", queries, self.k_up)
+            queries = per_head(queries, self.k_up)
         queries = queries.reshape(-1, self.num_heads, queries.shape[-1])
         latent_output = torch.empty(
             (queries.shape[0], self.num_heads, self.projection.v_rank),
@@ -72,7 +68,7 @@ class LatentAttention(Attention):
         per_kv_head = latent_output.view(
             -1, heads, self.num_heads // heads, latent_output.shape[-1]
         )
-        output = product("thgr,hdr->thgd", per_kv_head, self.v_up)
+        output = per_head(per_kv_head, self.v_up.transpose(1, 2))
         return output.reshape(-1, self.num_heads * head_size)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
@@ -94,17 +90,7 @@ def latents(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 
     Contiguous: vLLM's CUDA kernels that store keys assume so of heads within a token.
     """
-    return product("thd,hrd->thr", x, down).contiguous()
-
-
-def product(equation: str, x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """einsum in x's dtype; in fp32 on a CPU that would emulate it, many times more slowly."""
-    emulated = (x.dtype == torch.bfloat16 and EMULATES_BF16) or (
-        x.dtype == torch.float16 and EMULATES_FP16
-    )
-    if x.device.type == "cpu" and emulated:
-        return torch.einsum(equation, x.float(), basis.float()).to(x.dtype)
-    return torch.einsum(equation, x, basis)
+    return per_head(x[:, :, None], down.transpose(1, 2)).squeeze(2).contiguous()
 
 
 def make_latent(layer: Attention, projection: KVProjection) -> None:

@@ -25,11 +25,12 @@ class Run:
         return STORES.index(tier.store), self.channel, tier.channels, self.codes, self.scale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LatentLayout:
     """A slot is [z_k | z_v] in the cache's dtype; with tiers it is bytes:
 
     [codes of the key's tiers | those of the value's | one scale per tier, in the same order].
+    Each layer has its own: kernels keep what they derive of it by its identity.
     """
 
     k_rank: int

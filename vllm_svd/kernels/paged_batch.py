@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PagedBatch:
     """A ragged batch: request i owns query tokens query_start_loc[i] to query_start_loc[i + 1].
 
     Its last query token stands at position seq_lens[i] - 1; position p lies in cache block
     block_table[i, p // block size], slot p % block size.
+    Kernels keep what all layers of a step need of it by its identity.
     """
 
     query_start_loc: torch.Tensor

@@ -8,6 +8,7 @@ holds the words, and the codebooks of the strips, that cover them.
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from vllm_svd.kernels.products import linear
 from vllm_svd.quantization.matrix import Matrix, Parts, length, whole
 
 TILE_ELEMENTS = 1 << 24
@@ -51,7 +52,7 @@ class CodebookMatrix(Matrix):
         rows = length(self.rows)
         step = max(1, TILE_ELEMENTS // width)
         tiles = [
-            F.linear(x, self.tile(slice(first, min(first + step, rows)), centroids, parts))
+            linear(x, self.tile(slice(first, min(first + step, rows)), centroids, parts))
             for first in range(0, rows, step)
         ]
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)

@@ -12,6 +12,7 @@ import torch
 
 from vllm_svd.compat import UnquantizedEmbeddingMethod, UnquantizedLinearMethod, set_weight_attrs
 from vllm_svd.errors import CheckpointFormatError
+from vllm_svd.kernels.products import emulated, linear
 
 
 def unfilled(*shape: int, dtype: torch.dtype) -> torch.nn.Parameter:
@@ -55,6 +56,7 @@ class CheckedLinearMethod(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         check_filled(layer.prefix, {"weight": layer.weight})
         super().process_weights_after_loading(layer)
+        _multiply_fast(layer)
 
 
 class CheckedEmbeddingMethod(UnquantizedEmbeddingMethod):
@@ -67,3 +69,10 @@ class CheckedEmbeddingMethod(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         check_filled(type(layer).__name__, {"weight": layer.weight})
         super().process_weights_after_loading(layer)
+        _multiply_fast(layer)
+
+
+def _multiply_fast(layer: Any) -> None:
+    """Where vLLM fell back to torch's own product, which the CPU would emulate, take ours."""
+    if layer.weight.numel() and emulated(layer.weight):
+        layer.cpu_linear = linear

@@ -20,6 +20,7 @@ from vllm_svd.compat import (
 from vllm_svd.errors import CheckpointFormatError, UnsupportedModelError
 from vllm_svd.format import KVProjection
 from vllm_svd.kernels import latent_attention, latent_store
+from vllm_svd.kernels.products import widened
 from vllm_svd.quantization.completeness import check_filled, unfilled
 
 BASES = ("k_down", "k_up", "v_down", "v_up")
@@ -65,6 +66,9 @@ class LatentKVMethod(BaseKVCacheMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raises if a basis never came, or if no rotary module was bound in mode `pre`."""
         check_filled(layer.layer_name, {name: getattr(layer, name) for name in BASES})
+        for name in BASES:
+            basis = getattr(layer, name)
+            basis.data = widened(basis.data)
         if not isinstance(layer.impl, LatentImpl):
             return
         latent_attention.prepare(layer.k_down.device)

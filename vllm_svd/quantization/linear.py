@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
 from vllm_svd.compat import LinearMethodBase, set_weight_attrs
 from vllm_svd.errors import CheckpointFormatError
 from vllm_svd.format import Module
+from vllm_svd.kernels.products import linear
 from vllm_svd.quantization.completeness import check_filled, unfilled
 from vllm_svd.quantization.low_rank import LowRankMatrix
 from vllm_svd.quantization.shards import Shard, ShardId, local_shards, shard_index
@@ -69,7 +69,7 @@ class ShardedLinearMethod(LinearMethodBase):
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., n] to [..., sum of rows]."""
         A = getattr(layer, "A", None)  # noqa: N806
-        latents = x if A is None else F.linear(x, A.view(-1, x.shape[-1]))
+        latents = x if A is None else linear(x, A.view(-1, x.shape[-1]))
         outputs = []
         for shard in layer.svd_shards:
             matrix, parts = shard.matrix, shard.parts(layer)

@@ -5,8 +5,8 @@ of A and replicate B, so that the layer's own all-reduce of B (A x) is right by 
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
+from vllm_svd.kernels.products import linear
 from vllm_svd.quantization.matrix import Matrix, Parts, whole
 
 
@@ -18,8 +18,8 @@ class LowRankMatrix(Matrix):
         return {"A": (rank, self.columns), "B": (self.rows, rank)}
 
     def multiply(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
-        return self.expand(F.linear(x, parts["A"]), parts)
+        return self.expand(linear(x, parts["A"]), parts)
 
     def expand(self, latent: torch.Tensor, parts: Parts) -> torch.Tensor:
         """latent [..., r] to [..., rows]; the shards of a layer share the GEMM into it."""
-        return F.linear(latent, parts["B"])
+        return linear(latent, parts["B"])

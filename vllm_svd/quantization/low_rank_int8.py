@@ -7,8 +7,8 @@ Split over ranks as factors in the model's dtype are.
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
+from vllm_svd.kernels.products import linear
 from vllm_svd.quantization.matrix import Matrix, Parts, whole
 
 
@@ -34,13 +34,13 @@ class LowRankInt8Matrix(Matrix):
     def multiply(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
         body = parts["A_int8"].shape[1]
         power, rest = _split(parts["A_scale"], x)
-        latent = F.linear(x[..., :body], _wide(parts["A_int8"], power[:, None])) * rest
+        latent = linear(x[..., :body], _wide(parts["A_int8"], power[:, None])) * rest
         if self.module.a_tail:
-            latent = latent + F.linear(x[..., body:], parts["A_tail"])
+            latent = latent + linear(x[..., body:], parts["A_tail"])
         power, rest = _split(parts["B_scale"], x)
-        y = F.linear((latent * rest).to(x.dtype), _wide(parts["B_int8"], power))
+        y = linear((latent * rest).to(x.dtype), _wide(parts["B_int8"], power))
         if self.module.b_tail:
-            y = torch.cat([y, F.linear(latent.to(x.dtype), parts["B_tail"])], dim=-1)
+            y = torch.cat([y, linear(latent.to(x.dtype), parts["B_tail"])], dim=-1)
         return y
 
 

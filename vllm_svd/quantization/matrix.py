@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm_svd.format import Stored
+from vllm_svd.kernels.products import linear
 
 Parts = Mapping[str, torch.Tensor]
 
@@ -72,7 +73,7 @@ class DenseMatrix(Matrix):
         return {"weight": (self.rows, self.columns)}
 
     def multiply(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
-        return torch.nn.functional.linear(x, parts["weight"])
+        return linear(x, parts["weight"])
 
 
 def whole(size: int) -> slice:

@@ -7,9 +7,9 @@ and down gathers from it. That costs two copies of the activations a pair of lay
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
 from vllm_svd.errors import UnsupportedModelError
+from vllm_svd.kernels.products import linear
 from vllm_svd.quantization.matrix import Matrix, Parts, length, whole
 
 
@@ -53,7 +53,7 @@ class ReducedMatrix(Matrix):
     def multiply(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
         if "columns" in parts:
             x = x.index_select(-1, parts["columns"])
-        y = F.linear(x, parts["reduced"])
+        y = linear(x, parts["reduced"])
         if "rows" in parts:
             full = y.new_zeros(*y.shape[:-1], self.module.out_features)
             y = full.index_copy_(-1, parts["rows"].long(), y)

@@ -3,10 +3,12 @@
 Contexts are cut into parts, so that one long request uses all cores. Importing this needs no numba.
 """
 
+import ctypes
 import functools
 import math
+import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,10 +36,10 @@ def usable(
     query: torch.Tensor, kv_cache: torch.Tensor, k_up: torch.Tensor | None, rope: Rope | None
 ) -> bool:
     """Whether numba is there and these dtypes are known."""
-    tensors = [query] if kv_cache.dtype == torch.uint8 else [query, kv_cache]
+    known = query.dtype in KINDS and (kv_cache.dtype in KINDS or kv_cache.dtype == torch.uint8)
     if k_up is not None and rope is not None:
-        tensors += [k_up, rope.cos_sin]
-    return all(tensor.dtype in KINDS for tensor in tensors) and native.is_there()
+        known = known and k_up.dtype in KINDS and rope.cos_sin.dtype in KINDS
+    return known and native.is_there()
 
 
 def warm_up() -> None:
@@ -51,8 +53,7 @@ def attend(
     kv_cache: torch.Tensor,
     batch: PagedBatch,
     output: torch.Tensor,
-    requests: Sequence[int],
-    most_tokens: int,
+    requests: tuple[int, ...],
     *,
     scale: float,
     layout: LatentLayout,
@@ -62,75 +63,134 @@ def attend(
 ) -> None:
     """See vllm_svd.kernels.latent_attention; for these requests, in ascending order.
 
-    Each has a query token at least and `most_tokens` at most.
+    Each has a query token at least. Python's own time counts here: a step of one request does this
+    for every layer.
     """
     heads, width = query.shape[1:]
     v_rank, rebuilt = layout.v_rank, k_up is not None and rope is not None
-    groups, block_size = kv_cache.shape[1:3]
-    kv_heads = groups if k_up is None else k_up.shape[0]
-    group = heads // kv_heads
-    max_rows = group * most_tokens
+    kv_heads = kv_cache.shape[1] if k_up is None else k_up.shape[0]
+    of_batch, most_tokens = _of_batch(batch, requests)
+    max_rows = heads // kv_heads * most_tokens
     threads = torch.get_num_threads()
+    # Threads and items begun, parts finished of each head and request.
+    counts = _lines(8 * (2 + kv_heads * len(requests)))
     # Parts at most: one per head and request, and those that are cut off by length.
     partial = (kv_heads * len(requests) + threads * ITEMS_PER_THREAD) * max_rows * (v_rank + 2) * 4
-    partial = -(-partial // 64) * 64  # what follows starts on a cache line
-    parts = _scratch_parts(width, layout.k_rank, v_rank, max_rows, rebuilt, len(requests))
-    memory = native.scratch(partial + threads * parts["scratch_stride"])
-    # Threads and items begun, parts finished of each head and request; then the requests.
-    counts = torch.zeros(2 + kv_heads * len(requests), dtype=torch.int64)
-    chosen = torch.tensor(requests)
-    starts, lengths = _int32(batch.query_start_loc), _int32(batch.seq_lens)
+    stride, of_scratch = _scratch_parts(
+        width, layout.k_rank, v_rank, max_rows, rebuilt, len(requests)
+    )
+    begun = native.scratch(counts + _lines(partial) + threads * stride)
+    ctypes.memset(begun, 0, counts)
     query, kv_cache = _rows(query), _rows(kv_cache)
-    tables = _rows(_int32(batch.block_table))
-    direct = output.dtype == torch.float32 and output.stride()[1:] == (v_rank, 1)
     result = output
-    if not direct:
+    if output.dtype != torch.float32 or output.stride()[1:] != (v_rank, 1):
         result = torch.empty(batch.num_tokens, heads, v_rank, dtype=torch.float32)
-    tiers, _alive = _tiers(layout)
-    arguments: dict[str, Any] = {
-        **_strided("query", query, 2),
-        **_strided("cache", kv_cache, 3),
-        **tiers,
-        **parts,
-        "scale": scale * math.log2(math.e),  # weights are powers of two
-        "threads": counts.data_ptr(),
-        "begun": counts.data_ptr() + 8,
-        "finished": counts.data_ptr() + 16,
-        "partial": memory,
-        "scratch": memory + partial,
-        "requests": chosen.data_ptr(),
-        "num_requests": len(requests),
-        "query_start_loc": starts.data_ptr(),
-        "seq_lens": lengths.data_ptr(),
-        "num_threads": threads,
-        "kv_heads": kv_heads,
-        "least_part": LEAST_PART,
-        "window": sliding_window or UNLIMITED,
-        "tables": tables.data_ptr(),
-        "table_stride": tables.stride(0) * 4,
-        "block_size": block_size,
-        "shared": kv_heads // groups,
-        "group": group,
-        "width": width,
-        "k_rank": layout.k_rank,
-        "v_rank": v_rank,
-        "is_neox": 1,
-        "output": result.data_ptr(),
-        "output_stride_0": result.stride(0) * 4,
-        "max_rows": max_rows,
-    }
     if k_up is not None and rope is not None:
-        k_up, table = _rows(k_up), _rows(rope.cos_sin)
-        arguments |= _strided("up", k_up, 2)
-        arguments |= _strided("cos_sin", table, 1)
-        arguments |= {"rotary_dim": table.shape[-1], "is_neox": rope.is_neox}
-    native.run(arguments, threads)
-    if direct:
+        k_up, rope = _rows(k_up), Rope(_rows(rope.cos_sin), rope.is_neox)
+    item = query.element_size()
+    native.run(
+        _scale(scale),
+        (
+            *(begun, begun + 8, begun + 16, begun + counts, begun + counts + _lines(partial)),
+            *of_batch.addresses,
+            *(query.data_ptr(), query.stride(0) * item, query.stride(1) * item),
+            *(result.data_ptr(), result.stride(0) * 4, max_rows, threads),
+        ),
+        _of_layer(layout, query, heads, kv_cache, k_up, rope, sliding_window) + of_scratch,
+        threads,
+    )
+    if result is output:
         return
     if len(requests) == len(batch.seq_lens):
         output[: batch.num_tokens].copy_(result)
     else:
         _copy_rows(result, output, batch, requests)
+
+
+class _Batch(NamedTuple):
+    """Addresses of what all layers of a step read, and the tensors that are there."""
+
+    addresses: tuple[int, ...]
+    tensors: tuple[torch.Tensor, ...]
+
+
+@functools.lru_cache(maxsize=2)
+def _of_batch(batch: PagedBatch, requests: tuple[int, ...]) -> tuple[_Batch, int]:
+    """What is read of these requests, and the query tokens that one of them has at most."""
+    chosen = torch.tensor(requests)
+    starts, lengths = _int32(batch.query_start_loc), _int32(batch.seq_lens)
+    tables = _rows(_int32(batch.block_table))
+    addresses = (
+        *(chosen.data_ptr(), len(requests), starts.data_ptr(), lengths.data_ptr()),
+        *(tables.data_ptr(), tables.stride(0) * 4),
+    )
+    most_tokens = int((starts[1:] - starts[:-1])[chosen].max())
+    return _Batch(addresses, (chosen, starts, lengths, tables)), most_tokens
+
+
+def _of_layer(
+    layout: LatentLayout,
+    query: torch.Tensor,
+    heads: int,
+    kv_cache: torch.Tensor,
+    k_up: torch.Tensor | None,
+    rope: Rope | None,
+    sliding_window: int | None,
+) -> bytes:
+    """The arguments LAYER, packed once for each place where its tensors lie."""
+    of_up = None if k_up is None else _place(k_up)
+    of_rope = None if rope is None else (_place(rope.cos_sin), rope.is_neox)
+    place = _place(kv_cache)
+    return _packed_layer(
+        layout, query.dtype, heads, query.shape[2], place, of_up, of_rope, sliding_window
+    )
+
+
+Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+
+
+def _place(tensor: torch.Tensor) -> Place:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+@functools.lru_cache(maxsize=1024)
+def _packed_layer(
+    layout: LatentLayout,
+    dtype: torch.dtype,
+    heads: int,
+    width: int,
+    cache: Place,
+    up: Place | None,
+    rope: tuple[Place, bool] | None,
+    sliding_window: int | None,
+) -> bytes:
+    groups, block_size = cache[2][1:3]
+    kv_heads = groups if up is None else up[2][0]
+    arguments = {
+        **_strided("cache", cache, 3),
+        **_tiers(layout)[0],
+        "query_kind": KINDS[dtype],
+        "kv_heads": kv_heads,
+        "least_part": LEAST_PART,
+        "window": sliding_window or UNLIMITED,
+        "block_size": block_size,
+        "shared": kv_heads // groups,
+        "group": heads // kv_heads,
+        "width": width,
+        "k_rank": layout.k_rank,
+        "v_rank": layout.v_rank,
+        "is_neox": 1,
+    }
+    if up is not None and rope is not None:
+        table, is_neox = rope
+        arguments |= _strided("up", up, 2) | _strided("cos_sin", table, 1)
+        arguments |= {"rotary_dim": table[2][-1], "is_neox": is_neox}
+    return native.packed(native.LAYER, arguments)
+
+
+@functools.lru_cache(maxsize=64)
+def _scale(scale: float) -> bytes:
+    return struct.pack("d", scale * math.log2(math.e))  # weights are powers of two
 
 
 def _copy_rows(
@@ -145,6 +205,11 @@ def _copy_rows(
             first = i + 1
 
 
+def _lines(size: int) -> int:
+    """Bytes of whole cache lines that hold so many."""
+    return -(-size // 64) * 64
+
+
 def _int32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.int32 else tensor.to(torch.int32)
 
@@ -154,12 +219,12 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _strided(name: str, tensor: torch.Tensor, dimensions: int) -> dict[str, int]:
+def _strided(name: str, place: Place, dimensions: int) -> dict[str, int]:
     """Its address, kind, bytes of an entry and strides in bytes."""
-    item = tensor.element_size()
-    found = {name: tensor.data_ptr(), f"{name}_item": item}
-    found[f"{name}_kind"] = KINDS.get(tensor.dtype, TIERS)
-    for dimension, stride in enumerate(tensor.stride()[:dimensions]):
+    address, dtype, _, strides = place
+    item = dtype.itemsize
+    found = {name: address, f"{name}_item": item, f"{name}_kind": KINDS.get(dtype, TIERS)}
+    for dimension, stride in enumerate(strides[:dimensions]):
         found[f"{name}_stride_{dimension}"] = stride * item
     return found
 
@@ -167,8 +232,8 @@ def _strided(name: str, tensor: torch.Tensor, dimensions: int) -> dict[str, int]
 @functools.lru_cache(maxsize=64)
 def _scratch_parts(
     width: int, k_rank: int, v_rank: int, rows: int, rebuilt: bool, requests: int
-) -> dict[str, int]:
-    """Offsets of the arrays in the scratch of a thread, and its size, in bytes."""
+) -> tuple[int, bytes]:
+    """The scratch of a thread: its size in bytes, and the arguments SCRATCH."""
     key_width = -(-width // LANES) * LANES if rebuilt else k_rank
     floats = {
         "plan": (requests + 1) * PLAN_COLUMNS * 2,
@@ -187,12 +252,13 @@ def _scratch_parts(
     offsets, end = {}, 0
     for name, count in floats.items():
         offsets[name] = end
-        end += -(-count // 16) * 64  # no two threads on one cache line
+        end += _lines(4 * count)  # no two threads on one cache line
     del offsets["plan"]  # it comes first
-    return {**offsets, "scratch_stride": end, "key_width": key_width}
+    sizes = {"scratch_stride": end, "key_width": key_width}
+    return end, native.packed(native.SCRATCH, offsets | sizes)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _tiers(layout: LatentLayout) -> tuple[dict[str, int], Any]:
     """Where the tiers lie and the values of scales and fp8 codes; the arrays are to be kept."""
     if not layout.quantised:

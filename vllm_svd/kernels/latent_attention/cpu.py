@@ -5,7 +5,9 @@ FlashAttention, so memory stays bounded by one tile whatever the batch and the c
 requests of equal query length together.
 """
 
+import functools
 from collections import defaultdict
+from itertools import pairwise
 
 import torch
 
@@ -32,30 +34,28 @@ def attend(
     sliding_window: int | None,
 ) -> None:
     """See vllm_svd.kernels.latent_attention."""
+    few, many = _split(batch)
+    if not compiled.usable(query, kv_cache, k_up, rope):
+        few, many = [], [*few, *many]
+    if few:
+        compiled.attend(
+            query,
+            kv_cache,
+            batch,
+            output,
+            tuple(few),
+            scale=scale,
+            layout=layout,
+            k_up=k_up,
+            rope=rope,
+            sliding_window=sliding_window,
+        )
+    if not many:
+        return
     starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
     by_query_length = defaultdict(list)
-    for request in range(len(lengths)):
-        if query_length := starts[request + 1] - starts[request]:
-            by_query_length[query_length].append(request)
-    if compiled.usable(query, kv_cache, k_up, rope):
-        lengths_of_few = [length for length in by_query_length if length <= FEW_TOKENS]
-        few = [request for length in lengths_of_few for request in by_query_length.pop(length)]
-        if few:
-            compiled.attend(
-                query,
-                kv_cache,
-                batch,
-                output,
-                sorted(few),
-                max(lengths_of_few),
-                scale=scale,
-                layout=layout,
-                k_up=k_up,
-                rope=rope,
-                sliding_window=sliding_window,
-            )
-    if not by_query_length:
-        return
+    for request in many:
+        by_query_length[starts[request + 1] - starts[request]].append(request)
     up = None if k_up is None else k_up.float().transpose(1, 2)
     for query_length, requests in by_query_length.items():
         # Longest first, so that the requests still alive in a tile are a prefix.
@@ -72,6 +72,15 @@ def attend(
             rope,
             sliding_window,
         ).to(output.dtype)
+
+
+@functools.lru_cache(maxsize=2)
+def _split(batch: PagedBatch) -> tuple[list[int], list[int]]:
+    """Requests of a few query tokens and of many, once for all layers of a step."""
+    starts = batch.query_start_loc.tolist()
+    tokens = [after - before for before, after in pairwise(starts)]
+    few = [request for request, count in enumerate(tokens) if 0 < count <= FEW_TOKENS]
+    return few, [request for request, count in enumerate(tokens) if count > FEW_TOKENS]
 
 
 def _attend_equal_queries(

@@ -12,7 +12,6 @@ threads (workqueue) or aborts in forked processes (omp). This is safe wherever t
 import ctypes
 import functools
 import importlib
-import operator
 import struct
 import threading
 from typing import Any
@@ -28,36 +27,44 @@ ROWS, LANES = 4, 16  # of a product whose sums stay in registers
 ITEMS_PER_THREAD = 4
 PLAN_COLUMNS = 7
 # Arguments of the machine code, eight bytes each, all but the first integers: addresses, sizes,
-# strides in bytes; `s_` are offsets in the scratch of a thread.
-_NAMES = """
-scale threads begun finished partial scratch scratch_stride
-requests num_requests query_start_loc seq_lens num_threads kv_heads least_part window
-tables table_stride block_size
+# strides in bytes; `s_` are offsets in the scratch of a thread. Those of a step, in this order, are
+# followed by those of a layer and by those of the scratch, which are packed once.
+_STEP = """
+threads begun finished partial scratch requests num_requests query_start_loc seq_lens
+tables table_stride query query_stride_0 query_stride_1 output output_stride_0 max_rows num_threads
+"""
+_LAYER = """
+kv_heads least_part window block_size
 cache cache_kind cache_item cache_stride_0 cache_stride_1 cache_stride_2
 k_runs k_num_runs v_runs v_num_runs scale_table fp8_table
-query query_kind query_stride_0 query_stride_1
-shared group width key_width k_rank v_rank
+query_kind shared group width k_rank v_rank
 up up_kind up_stride_0 up_stride_1
 cos_sin cos_sin_kind cos_sin_stride_0 rotary_dim is_neox
-output output_stride_0 max_rows
+"""
+_SCRATCH = """
+scratch_stride key_width
 s_up s_query s_keys s_k s_v s_weights s_power s_mixed s_highest s_total s_row
 """
-FIELDS = tuple(_NAMES.split())
-_in_order = operator.itemgetter(*FIELDS)
-_ZEROS = dict.fromkeys(FIELDS, 0)
-_packed = struct.Struct(f"d{len(FIELDS) - 1}q")
+STEP, LAYER, SCRATCH = (tuple(names.split()) for names in (_STEP, _LAYER, _SCRATCH))
+FIELDS = ("scale", *STEP, *LAYER, *SCRATCH)
+_step = struct.Struct(f"{len(STEP)}q")
 
 _memory = threading.local()
 
 
-def run(arguments: dict[str, Any], threads: int) -> None:
-    """Run a team of so many threads; FIELDS that are not given are zero."""
-    packed = _packed.pack(*_in_order(_ZEROS | arguments))
+def packed(names: tuple[str, ...], values: dict[str, int]) -> bytes:
+    """Fields of LAYER or SCRATCH; what is not given is zero."""
+    return struct.pack(f"{len(names)}q", *(values.get(name, 0) for name in names))
+
+
+def run(scale: bytes, step: tuple[int, ...], rest: bytes, threads: int) -> None:
+    """Run a team of so many threads with the arguments FIELDS, those of `step` in its order."""
+    arguments = scale + _step.pack(*step) + rest
     function, parallel = team(), _openmp()
     if parallel is None or threads == 1:
-        function(packed)
+        function(arguments)
     else:
-        parallel(function, packed, threads, 0)
+        parallel(function, arguments, threads, 0)
 
 
 @functools.cache

@@ -7,12 +7,15 @@ beyond rotary_dim form a third product.
 A latent is read in parts (latent_tiers_triton). What keys and queries meet is cut alike, and each
 part has its own accumulator of the output, so that no channels need be interleaved. Codes are
 multiplied as the small numbers they are: their scales go to the products, or to the weights.
+
+Where a step has too few programs for the device, contexts are split and combined (split_triton).
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from vllm_svd.kernels.latent_attention import split_triton
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.latent_tiers_triton import load_part, padded, parts_of, scale_table
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
@@ -88,7 +91,7 @@ def _store_output(
     )
 
 
-@triton.jit(do_not_specialize=["requests"])
+@triton.jit(do_not_specialize=["requests", "splits"])
 def _attention_kernel(
     query_ptr,
     cache_ptr,
@@ -100,9 +103,11 @@ def _attention_kernel(
     cos_sin_ptr,
     scales_ptr,
     requests,
+    splits,
     scale,
     query_token_stride,
     query_head_stride,
+    output_split_stride,
     output_token_stride,
     output_head_stride,
     cache_block_stride,
@@ -129,6 +134,8 @@ def _attention_kernel(
     PASSED: tl.constexpr,
     PASSED_PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
+    V_RANK: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     block = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -199,6 +206,10 @@ def _attention_kernel(
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(seq_len - query_length + first - WINDOW + 1, 0) // TILE * TILE
+    if SPLIT:
+        part = tl.cdiv(tl.cdiv(end - begin, splits), TILE) * TILE
+        begin += tl.program_id(2) * part
+        end = tl.minimum(end, begin + part)
     for tile in range(begin, end, TILE):
         key = tile + tl.arange(0, TILE)
         in_sequence = key < end
@@ -265,11 +276,18 @@ def _attention_kernel(
 
     output_row = (
         output_ptr
+        + tl.program_id(2).to(tl.int64) * output_split_stride
         + (query_start + token).to(tl.int64) * output_token_stride
         + head * output_head_stride
     )
-    for i in tl.static_range(len(V_SLICES)):
-        _store_output(output_row, real, mixed[i] / total[:, None], *V_SLICES[i])
+    if SPLIT:
+        for i in tl.static_range(len(V_SLICES)):
+            _store_output(output_row, real, mixed[i], *V_SLICES[i])
+        tl.store(output_row + V_RANK, highest, mask=real)
+        tl.store(output_row + V_RANK + 1, total, mask=real)
+    else:
+        for i in tl.static_range(len(V_SLICES)):
+            _store_output(output_row, real, mixed[i] / total[:, None], *V_SLICES[i])
 
 
 def attend(
@@ -297,11 +315,15 @@ def attend(
     scales = scale_table(kv_cache.device) if layout.quantised else query
     k_parts, v_parts = parts_of(layout, rows)
     # Every request may add one block that is not full; the surplus returns at once.
-    grid = (tokens // block_q + requests, kv_heads)
-    _attention_kernel[grid](
+    blocks = tokens // block_q + requests
+    longest = batch.block_table.shape[1] * kv_cache.shape[2]
+    splits = split_triton.splits_of(blocks * kv_heads, longest, query.device)
+    parts = split_triton.parts(splits, tokens, heads, layout.v_rank, query.device)
+    target = output[None] if parts is None else parts
+    _attention_kernel[(blocks, kv_heads, splits)](
         query,
         kv_cache,
-        output,
+        target,
         batch.query_start_loc,
         batch.seq_lens,
         batch.block_table,
@@ -309,9 +331,10 @@ def attend(
         cos_sin,
         scales,
         requests,
+        splits,
         scale,
         *query.stride()[:2],
-        *output.stride()[:2],
+        *target.stride()[:3],
         *kv_cache.stride()[:3],
         batch.block_table.stride(0),
         *up.stride()[:2],
@@ -333,4 +356,8 @@ def attend(
         PASSED=passed,
         PASSED_PADDED=padded(max(1, passed)),
         WINDOW=sliding_window or 0,
+        V_RANK=layout.v_rank,
+        SPLIT=parts is not None,
     )
+    if parts is not None:
+        split_triton.combine(parts, output, batch.query_start_loc)

@@ -1,0 +1,54 @@
+"""Products in half precision on CPUs that have no units for it.
+
+torch emulates them there, five to ten times more slowly than it multiplies in fp32. So operands are
+widened for the one product that reads them: the weights in memory stay as they are, and the result
+is rounded once.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+# Asked here, not where products are made: compilation cannot trace the question.
+_HAS_MKLDNN = hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+_EMULATES_BF16 = _HAS_MKLDNN and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_EMULATES_FP16 = _HAS_MKLDNN and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+# Of fewer rows a product reads its weights once, in half precision, at the speed of memory.
+FEW_ROWS = 4
+
+
+def emulated(x: torch.Tensor) -> bool:
+    """Whether this machine emulates products in the dtype and on the device of `x`."""
+    return x.device.type == "cpu" and (
+        (x.dtype == torch.bfloat16 and _EMULATES_BF16)
+        or (x.dtype == torch.float16 and _EMULATES_FP16)
+    )
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., n] times weight [m, n], plus bias [m], in the dtype of x."""
+    # A graph is compiled once for any number of rows.
+    few = not torch.compiler.is_compiling() and x.numel() < FEW_ROWS * x.shape[-1]
+    if few or not emulated(x):
+        return F.linear(x, weight, bias)
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def widened(weight: torch.Tensor) -> torch.Tensor:
+    """In fp32 where every product would widen it: for small matrices, to keep them so."""
+    return weight.float() if emulated(weight) else weight
+
+
+def per_head(x: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
+    """x [tokens, heads, rows, n] times each head's basis [heads, n, m]: [tokens, heads, rows, m].
+
+    In the dtype of x; that of the bases may be wider (`widened`).
+
+    Not by einsum, whose own planning takes longer than the product of a decode step.
+    """
+    tokens, heads, rows, width = x.shape
+    flat = x.transpose(0, 1).reshape(heads, tokens * rows, width)
+    if emulated(x):
+        y = torch.bmm(flat.float(), bases.float()).to(x.dtype)
+    else:
+        y = torch.bmm(flat, bases)
+    return y.view(heads, tokens, rows, bases.shape[-1]).transpose(0, 1)
