@@ -333,11 +333,6 @@ def _flags(
     seed: int | None,
     device: str | None,
 ) -> dict[str, Any]:
-    from offline_compress.recipe import RecipeError
-
-    if kv_only and kept not in (None, 1.0):
-        problem = f"--kept {kept} was given beside --kv-only, which leaves the weights as they are"
-        raise RecipeError("the command line", [f"{problem}; drop one of the two"])
     return {
         "--method": method,
         "--allocator": allocator,

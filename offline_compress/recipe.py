@@ -178,6 +178,12 @@ def load_valid(
         raw = _read(path) if path else {}
     except RecipeError as error:
         return CompressionRecipe(), error
+    problems = []
+    if "--kv-only" in given and given.get("--kept", 1) != 1:
+        problems.append(
+            f"weights.kept (--kept): {given['--kept']} was given beside --kv-only, which leaves "
+            "the weights as they are; drop one of the two"
+        )
     for flag, value in given.items():
         section, field = FLAGS[flag].split(".")
         fields = raw.setdefault(section, {})
@@ -186,11 +192,12 @@ def load_valid(
         if field in _UNIONS and _method_name(fields.get(field)) == value:
             continue  # the same method keeps the options that the file gives it
         fields[field] = value
+    where = str(path) if path else "the command line"
     try:
-        return CompressionRecipe.model_validate(raw), None
+        valid = CompressionRecipe.model_validate(raw)
+        return valid, RecipeError(where, problems) if problems else None
     except ValidationError as error:
-        where = str(path) if path else "the command line"
-        problems = [_problem(dict(item), given) for item in error.errors()]
+        problems += [_problem(dict(item), given) for item in error.errors()]
         for item in error.errors():
             _drop(raw, item["loc"])
         return CompressionRecipe.model_validate(raw), RecipeError(where, problems)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,14 @@ def _pack(values: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
 
 
 def _gptq(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
-    """Symmetric, as vLLM serves it; columns in order of activation, as desc_act stores them."""
+    """Symmetric, as vLLM serves it, with the biases of zero that some libraries write."""
     level, scale, zero = _levels(weight, 4, symmetric=True)
     parts = {
         "qweight": _pack(level.T, 4, 0),
         "qzeros": _pack(zero.T - 1, 4, 1),
         "scales": scale.T.half(),
         "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
+        "bias": torch.zeros(len(weight), dtype=torch.float16),
     }
     return parts, _value(level, scale, zero)
 
@@ -116,16 +118,24 @@ def _awq(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
 
 
 def _packed(symmetric: bool) -> Quantise:
+    """The asymmetric one with groups of columns that are not neighbours, and scales in bf16."""
+
     def quantise(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
-        level, scale, zero = _levels(weight, 4, symmetric)
+        order = torch.arange(weight.shape[1])
+        if not symmetric:
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(1))
+        level, scale, zero = _levels(weight[:, order], 4, symmetric)
+        back = order.argsort()
         parts = {
-            "weight_packed": _pack(level, 4, 1),
+            "weight_packed": _pack(level[:, back], 4, 1),
             "weight_scale": scale,
             "weight_shape": torch.tensor(weight.shape),
         }
         if not symmetric:
+            scale = scale.bfloat16()
             parts["weight_zero_point"] = _pack(zero, 4, 0)
-        return parts, _value(level, scale, zero)
+            parts |= {"weight_g_idx": (back // GROUP).int(), "weight_scale": scale}
+        return parts, _value(level, scale.float(), zero)[:, back]
 
     return quantise
 
@@ -142,7 +152,7 @@ def _fp8(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
     return {"weight": level, "weight_scale": scale}, level.float() * scale
 
 
-def _fp8_blocks(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+def _fp8_blocks(weight: torch.Tensor, name: str = "weight_scale_inv") -> tuple[Parts, torch.Tensor]:
     """Square blocks of 48, the last of which are narrower."""
     rows, columns = (torch.arange(size) // 48 for size in weight.shape)
     scale = torch.zeros(int(rows[-1]) + 1, int(columns[-1]) + 1)
@@ -152,7 +162,7 @@ def _fp8_blocks(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
             scale[row, column] = block.abs().amax() / 448
     of_each = scale[rows][:, columns]
     level = (weight / of_each).to(torch.float8_e4m3fn)
-    return {"weight": level, "weight_scale_inv": scale}, level.float() * of_each
+    return {"weight": level, name: scale}, level.float() * of_each
 
 
 def _compressed(kind: str, weights: Mapping[str, object], **group: object) -> dict[str, Any]:
@@ -161,6 +171,9 @@ def _compressed(kind: str, weights: Mapping[str, object], **group: object) -> di
         "quant_method": "compressed-tensors",
         "format": kind,
         "quantization_status": "compressed",
+        "version": "0.17.0",
+        "sparsity_config": {},
+        "transform_config": {},
         "config_groups": {"group_0": scheme},
         "ignore": ["lm_head"],
     }
@@ -168,6 +181,7 @@ def _compressed(kind: str, weights: Mapping[str, object], **group: object) -> di
 
 _GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
 _CHANNELS = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+_BLOCKS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [48, 48]}
 _TOKENS = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
 _GPTQ = {"quant_method": "gptq", "group_size": GROUP, "lm_head": False}
 
@@ -197,5 +211,9 @@ METHODS: dict[str, tuple[Quantise, dict[str, Any]]] = {
     "fp8_blocks": (
         _fp8_blocks,
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [48, 48]},
+    ),
+    "float_blocks": (
+        partial(_fp8_blocks, name="weight_scale"),
+        _compressed("float-quantized", _BLOCKS),
     ),
 }

@@ -107,7 +107,8 @@ def _tensors(
     dtype = next(cast(DType, r.dtype) for name, r in manifest.tensors.items() if name not in added)
     for name, record in manifest.tensors.items():
         if name not in added:
-            stored = cast(DType, record.dtype)  # verify() accepts no other
+            # Another method's dtypes are copied; verify() accepts none of them beside modules.
+            stored = cast(DType, record.dtype)
             if name.removesuffix(".bias") in corrected and name.endswith(".bias"):
                 path = name.removesuffix(".bias")
                 values = partial(biased, path, TORCH_DTYPES[stored])

@@ -16,7 +16,6 @@ from offline_compress.reference.compressed_linear import CompressedLinear, insta
 from offline_compress.reference.latent_kv import install_kv
 from offline_compress.weights import (
     TORCH_DTYPES,
-    DType,
     Headers,
     Quantised,
     Source,
@@ -26,6 +25,7 @@ from offline_compress.weights import (
     open_base,
     open_source,
     quantised_layers,
+    stored_dtype,
 )
 from vllm_svd.errors import CheckpointFormatError, SvdError
 from vllm_svd.format import QUANT_METHOD, Manifest, SvdCheckpointConfig, verify
@@ -93,7 +93,7 @@ def check(
     manifest = read_manifest(directory)
     problems = _misfits(dense, family, config)
     if not problems:
-        stored = _stored_dtype(of_model, config, manifest)
+        stored = of_model.dtype or TORCH_DTYPES[stored_dtype(_headers(manifest))]
         model = _skeleton(dense, family, config, dtype or stored)
         try:
             problems = _differences(model, _dense_headers(model, config, manifest))
@@ -166,22 +166,22 @@ def _load_compressed(
 ) -> PreTrainedModel:
     model = check(directory, config, dtype)
     manifest = read_manifest(directory)
-    held = {
-        name: tensor
+    as_stored = {name for name, stored in config.tensors().items() if stored.dtype}
+    quantised = _quantised(model, config, manifest)
+    if quantised is not None:
+        as_stored.update(part for path in quantised.shapes for part in quantised.parts(path))
+    state = {
+        name: tensor if name in as_stored else tensor.to(model.dtype)
         for shard in manifest.shards
         for name, tensor in load_file(directory / shard).items()
     }
-    if (quantised := _quantised(model, config, manifest)) is not None:
+    if quantised is not None:
         for path in quantised.shapes:
-            weight = quantised.dense(path, held.__getitem__)
+            weight = quantised.dense(path, state.__getitem__).to(model.dtype)
             for part in quantised.parts(path):
-                del held[part]
-            held[f"{path}.weight"] = weight
-    as_stored = {name for name, stored in config.tensors().items() if stored.dtype}
-    _filled(
-        model,
-        {name: t if name in as_stored else t.to(model.dtype) for name, t in held.items()},
-    )
+                del state[part]
+            state[f"{path}.weight"] = weight
+    _filled(model, state)
     if config.deltas:
         _add_deltas(model, config, open_base(config, base))
     return model
@@ -229,15 +229,6 @@ def _misfits(dense: PreTrainedModel, family: Family, config: SvdCheckpointConfig
     return problems
 
 
-def _stored_dtype(
-    of_model: PretrainedConfig, config: SvdCheckpointConfig, manifest: Manifest
-) -> torch.dtype:
-    if of_model.dtype is not None:
-        return cast(torch.dtype, of_model.dtype)
-    found = (r.dtype for name, r in manifest.tensors.items() if name not in config.tensors())
-    return TORCH_DTYPES[next(dtype for dtype in found if dtype in TORCH_DTYPES)]
-
-
 def _skeleton(
     dense: PreTrainedModel, family: Family, config: SvdCheckpointConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
@@ -261,7 +252,7 @@ def _quantised(
         return None
     linears = family_of(model.config).linear_paths(model.config)
     shapes = {path: tuple(model.get_submodule(path).weight.shape) for path in linears}
-    return quantised_layers(config.weights, shapes, _headers(manifest))
+    return quantised_layers(config.weights, shapes, _headers(manifest), model.state_dict())
 
 
 def _dense_headers(
@@ -272,7 +263,7 @@ def _dense_headers(
 
 
 def _headers(manifest: Manifest) -> Headers:
-    return {n: (cast(DType, record.dtype), record.shape) for n, record in manifest.tensors.items()}
+    return {name: (record.dtype, record.shape) for name, record in manifest.tensors.items()}
 
 
 def _differences(model: PreTrainedModel, headers: Headers) -> list[str]:

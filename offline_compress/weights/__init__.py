@@ -10,7 +10,13 @@ from offline_compress.weights.shards import (
     item_bytes,
     shard_errors,
 )
-from offline_compress.weights.source import Source, meta_model, model_config, open_source
+from offline_compress.weights.source import (
+    Source,
+    meta_model,
+    model_config,
+    open_source,
+    stored_dtype,
+)
 
 __all__ = [
     "TORCH_DTYPES",
@@ -27,4 +33,5 @@ __all__ = [
     "quantised_layers",
     "reference_to",
     "shard_errors",
+    "stored_dtype",
 ]

@@ -6,8 +6,9 @@ config.json only what they cannot say is read. The layouts are those of the libr
 them: GPTQModel, AutoAWQ (version gemm), compressed-tensors, and vLLM's fp8.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,19 +23,21 @@ _PACKED_BITS = (2, 4, 8)
 # AutoAWQ stores output channel _AWQ_ORDER[i] of eight in the i-th four bits of a word.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _MAIN = ("qweight", "weight_packed", "weight")
-_GRIDS = ("I8", "F8_E4M3")
+_LEVELS, _GRIDS, _FLOATS = ("I32",), ("I8", "F8_E4M3"), ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
 class Quantised:
     """The linear layers `shapes` that the method of `config` stores, path to [m, n].
 
-    `config` is the model's quantization_config, `headers` are of all that is stored beside it.
+    `config` is the model's quantization_config, `headers` are of all that is stored beside it,
+    `tensors` the names of all that the model has.
     """
 
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, int]]
     headers: Headers
+    tensors: Collection[str]
 
     @property
     def method(self) -> str:
@@ -43,16 +46,26 @@ class Quantised:
 
     def parts(self, path: str) -> list[str]:
         """Names of all that is stored of the layer's weight."""
-        return [
-            name
-            for name in self.headers
-            if name.rpartition(".")[0] == path and not name.endswith(".bias")
-        ]
+        return self._parts[path]
+
+    @property
+    def surplus_biases(self) -> list[str]:
+        """Biases that the model has no place for: some libraries write zeros for every layer."""
+        return [name for path in self.shapes for name in self.parts(path) if name.endswith(".bias")]
+
+    @cached_property
+    def _parts(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {path: [] for path in self.shapes}
+        for name in self.headers:
+            path = name.rpartition(".")[0]
+            if path in found and not (name.endswith(".bias") and name in self.tensors):
+                found[path].append(name)
+        return found
 
     def dense_headers(self, dtype: DType) -> Headers:
         """The headers as they would be with every quantised weight whole and in `dtype`.
 
-        Raises SourceError with every layer that is not stored as ACCEPTED methods do.
+        Raises SourceError with every layer that is not stored as its method does.
         """
         hidden, problems = set(), []
         whole: Headers = {}
@@ -82,26 +95,38 @@ class Quantised:
         return layer.packed() if layer.has("weight_packed") else layer.plain()
 
 
-def quantised_layers(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], headers: Headers
-) -> Quantised:
-    """Those of the layers `shapes` that are stored quantised; the others are dense as they are.
-
-    Raises SourceError for a method that is not ACCEPTED, or a cache that is quantised too.
-    """
-    method = config.get("quant_method")
-    if method not in ACCEPTED or str(config.get("version", "gemm")).lower() != "gemm":
+def check_method(config: Mapping[str, Any]) -> None:
+    """Raises SourceError for a quantization_config that is not read, or quantises the cache."""
+    method, version = config.get("quant_method"), config.get("version", "gemm")
+    other_awq = method == "awq" and str(version).lower() != "gemm"
+    if method not in ACCEPTED or other_awq or config.get("transform_config"):
+        given = f"{method} {version}" if other_awq else method
+        if config.get("transform_config"):
+            given = f"{method} with transforms of activations"
         raise SourceError(
-            f"the weights are quantised by {method} {config.get('version', '')}; accepted beside "
-            f"K/V projections are {', '.join(ACCEPTED)}\nRemedy: give the model it was made from"
+            f"the weights are quantised by {given}; accepted beside K/V projections are "
+            f"{', '.join(ACCEPTED)}\nRemedy: give the model it was made from"
         )
     if config.get("kv_cache_scheme"):
         raise SourceError(
             "config.json quantises the K/V cache too (kv_cache_scheme)\n"
             "Remedy: quantise the weights alone; latents have stores of their own (--kv-store)"
         )
+
+
+def quantised_layers(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, int]],
+    headers: Headers,
+    tensors: Collection[str],
+) -> Quantised:
+    """Those of the layers `shapes` that are stored quantised; the others are dense as they are.
+
+    `tensors` are the names of all that the model has. Raises what check_method raises.
+    """
+    check_method(config)
     found = {path: shape for path, shape in shapes.items() if _is_quantised(path, headers)}
-    return Quantised(config, found, headers)
+    return Quantised(config, found, headers, tensors)
 
 
 def _is_quantised(path: str, headers: Headers) -> bool:
@@ -125,10 +150,10 @@ class _Layer:
     def gptq(self) -> Callable[[Read], torch.Tensor]:
         """qweight [n / per word, m], qzeros [groups, m / per word], scales [groups, m], g_idx."""
         bits = self._bits("qweight", axis=0)
-        per_word, groups = _WORD // bits, self._shape("scales")[0]
-        self._check("qweight", (self.n // per_word, self.m))
-        self._check("qzeros", (groups, self.m // per_word))
-        self._check("scales", (groups, self.m))
+        per_word, groups = _WORD // bits, self._shape("scales", 2)[0]
+        self._check("qweight", (self.n // per_word, self.m), _LEVELS)
+        self._check("qzeros", (groups, self.m // per_word), _LEVELS)
+        self._check("scales", (groups, self.m), _FLOATS)
         # The first layout stores zeros less one.
         first = 0 if self.config.get("checkpoint_format") == "gptq_v2" else 1
         groups_of = self._columns("g_idx", groups)
@@ -142,10 +167,10 @@ class _Layer:
 
     def awq(self) -> Callable[[Read], torch.Tensor]:
         """qweight [n, m / 8], qzeros [groups, m / 8], scales [groups, m]."""
-        groups = self._shape("scales")[0]
-        self._check("qweight", (self.n, self.m // 8))
-        self._check("qzeros", (groups, self.m // 8))
-        self._check("scales", (groups, self.m))
+        groups = self._shape("scales", 2)[0]
+        self._check("qweight", (self.n, self.m // 8), _LEVELS)
+        self._check("qzeros", (groups, self.m // 8), _LEVELS)
+        self._check("scales", (groups, self.m), _FLOATS)
         place = torch.tensor(_AWQ_ORDER).argsort()
         groups_of = self._columns(None, groups)
 
@@ -162,11 +187,11 @@ class _Layer:
     def packed(self) -> Callable[[Read], torch.Tensor]:
         """weight_packed [m, words], weight_scale [m, groups], weight_zero_point packed over m."""
         bits = self._bits("weight_packed", axis=1)
-        half, groups = 1 << (bits - 1), self._shape("weight_scale")[-1]
-        self._check("weight_packed", (self.m, -(-self.n * bits // _WORD)))
-        self._check("weight_scale", (self.m, groups))
+        half, groups = 1 << (bits - 1), self._shape("weight_scale", 2)[1]
+        self._check("weight_packed", (self.m, -(-self.n * bits // _WORD)), _LEVELS)
+        self._check("weight_scale", (self.m, groups), _FLOATS)
         if self.has("weight_zero_point"):
-            self._check("weight_zero_point", (-(-self.m * bits // _WORD), groups))
+            self._check("weight_zero_point", (-(-self.m * bits // _WORD), groups), _LEVELS)
         groups_of = self._columns("weight_g_idx", groups)
 
         def reader(read: Read) -> torch.Tensor:
@@ -180,11 +205,11 @@ class _Layer:
 
     def plain(self) -> Callable[[Read], torch.Tensor]:
         """weight [m, n] in 8 bits; weight_scale one, [m, 1], [m, groups], or of square blocks."""
-        self._check("weight", (self.m, self.n))
+        self._check("weight", (self.m, self.n), _GRIDS)
         name = "weight_scale_inv" if self.has("weight_scale_inv") else "weight_scale"
         rows, columns = (*self._shape(name), 1, 1)[:2]
-        block = self.config.get("weight_block_size")
-        height, width = block or (-(-self.m // rows), -(-self.n // columns))
+        height, width = self._block(rows, columns)
+        self._check(name, self._shape(name), _FLOATS)
         if (rows, columns) != (-(-self.m // height), -(-self.n // width)):
             raise self._wrong(name, f"one for every {height} x {width} weights")
         row, column = torch.arange(self.m) // height, torch.arange(self.n) // width
@@ -201,34 +226,69 @@ class _Layer:
         """Whether it is stored."""
         return f"{self.path}.{part}" in self.headers
 
+    def _block(self, rows: int, columns: int) -> tuple[int, int]:
+        """Height and width of what has one scale: as declared, else as `rows` and `columns` divide.
+
+        The last block of an axis may be smaller, which numbers of blocks alone cannot say.
+        """
+        declared = self.config.get("weight_block_size")
+        groups = self.config.get("config_groups")
+        for group in groups.values() if isinstance(groups, dict) else ():
+            weights = group.get("weights") if isinstance(group, dict) else None
+            if isinstance(weights, dict) and rows > 1 and columns > 1:
+                declared = weights.get("block_structure") or declared
+        if declared is None:
+            if rows < 1 or columns < 1 or self.m % rows or self.n % columns:
+                raise SourceError(f"{self.path} has {rows} x {columns} scales for its weight")
+            return self.m // rows, self.n // columns
+        match declared:
+            case [int(height), int(width)] if height > 0 and width > 0:
+                return height, width
+        raise SourceError(f"blocks of weights are {declared!r}; two positive sizes were expected")
+
     def _columns(self, index: str | None, groups: int) -> Callable[[Read], torch.Tensor]:
         """The group of every column: as `index` has it where that is stored, else in order."""
-        if index is not None and self.has(index):
-            self._check(index, (self.n,))
-            return lambda read: read(index).long()
-        if self.n % groups:
-            raise SourceError(f"{self.path} has {groups} groups for {self.n} columns")
-        return lambda _: torch.arange(self.n) // (self.n // groups)
+        if index is None or not self.has(index):
+            if groups < 1 or self.n % groups:
+                raise SourceError(f"{self.path} has {groups} groups for {self.n} columns")
+            return lambda _: torch.arange(self.n) // (self.n // groups)
+        self._check(index, (self.n,), _LEVELS)
+
+        def stored(read: Read) -> torch.Tensor:
+            group = read(index).long()
+            if group.min() < 0 or group.max() >= groups:
+                raise SourceError(
+                    f"{self.path}.{index} names groups beyond {groups}\n"
+                    "Remedy: copy the model again"
+                )
+            return group
+
+        return stored
 
     def _bits(self, part: str, axis: int) -> int:
         """From how many words the levels of a row take."""
-        bits = _WORD * self._shape(part)[axis] // self.n
+        bits = _WORD * self._shape(part, 2)[axis] // self.n
         if bits not in _PACKED_BITS:
             raise self._wrong(part, f"{', '.join(map(str, _PACKED_BITS))} bits a weight")
         return bits
 
-    def _shape(self, part: str) -> tuple[int, ...]:
+    def _shape(self, part: str, dimensions: int | None = None) -> tuple[int, ...]:
         if not self.has(part):
             raise SourceError(f"{self.path}.{part} is missing")
-        return self.headers[f"{self.path}.{part}"][1]
+        shape = self.headers[f"{self.path}.{part}"][1]
+        if dimensions is not None and len(shape) != dimensions:
+            raise self._wrong(part, f"{dimensions} dimensions")
+        return shape
 
-    def _check(self, part: str, shape: tuple[int, ...]) -> None:
+    def _check(self, part: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
         if self._shape(part) != shape:
             raise self._wrong(part, str(list(shape)))
+        if self.headers[f"{self.path}.{part}"][0] not in dtypes:
+            raise self._wrong(part, " or ".join(dtypes))
 
     def _wrong(self, part: str, accepted: str) -> SourceError:
-        found = list(self._shape(part))
-        return SourceError(f"{self.path}.{part} is {found}, {accepted} was expected")
+        dtype, shape = self.headers[f"{self.path}.{part}"]
+        return SourceError(f"{self.path}.{part} is {dtype} {list(shape)}; {accepted} was expected")
 
 
 def _unpack(words: torch.Tensor, bits: int, axis: int) -> torch.Tensor:

@@ -23,7 +23,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 
-Headers = dict[str, tuple[DType, tuple[int, ...]]]
+Headers = dict[str, tuple[str, tuple[int, ...]]]
+"""dtype, in safetensors' spelling, and shape of every tensor by its name."""
 
 
 class SourceError(SvdError):
@@ -92,7 +93,7 @@ def open_shards(directory: Path) -> Shards:
         except (OSError, ValueError) as error:
             problems.append(f"{file} is damaged: {error}")
         else:
-            headers[file] = {n: (cast(DType, e.dtype), e.shape) for n, e in entries.items()}
+            headers[file] = {n: (e.dtype, e.shape) for n, e in entries.items()}
     holders: dict[str, list[str]] = {}
     for file, entries_of in headers.items():
         for name in entries_of:

@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from offline_compress.families import Family, family_of, unfuse
 from offline_compress.weights.hub import COMPANIONS, resolve
-from offline_compress.weights.quantised import Quantised, quantised_layers
+from offline_compress.weights.quantised import Quantised, check_method, quantised_layers
 from offline_compress.weights.shards import (
     HEAD,
     TORCH_DTYPES,
@@ -72,7 +72,7 @@ class Source:
 
     def dtype_of(self, name: str) -> DType:
         """The dtype of a tensor on disk, or the model's while its header is not here."""
-        return self.stored.headers[name][0] if self.stored else self.dtype
+        return cast(DType, self.stored.headers[name][0]) if self.stored else self.dtype
 
     def on_disk(self, name: str) -> Headers:
         """What is stored of a tensor: itself, in the model's dtype while its header is not here.
@@ -128,9 +128,11 @@ def open_source(model: str, *, weights: bool = True, quantised: bool = False) ->
     if quantization and not quantised:
         raise SourceError(
             f"{directory} is quantised ({quantization.get('quant_method')})\n"
-            "Remedy: project its K/V cache alone with run --kv-only, or give the model it was "
-            "quantised from, in bfloat16, float16 or float32"
+            "Remedy: give the model it was quantised from, in bfloat16, float16 or float32; of a "
+            "quantised one only the K/V cache can be projected, with run --kv-only"
         )
+    if quantization:
+        check_method(quantization)
     family = family_of(config)
     shapes = _shapes(directory, config)
     dtype = _NAMES.get(config.dtype) if config.dtype is not None else None
@@ -140,16 +142,25 @@ def open_source(model: str, *, weights: bool = True, quantised: bool = False) ->
         headers = stored.headers
         if quantization:
             linears = {path: _matrix(shapes, path) for path in family.linear_paths(config)}
-            packed = quantised_layers(quantization, linears, headers)
-            dtype = dtype or stored.headers.get(_EMBEDDING, ("F32", ()))[0]
-            headers = packed.dense_headers(dtype)
+            packed = quantised_layers(quantization, linears, headers, shapes)
+            headers = packed.dense_headers(dtype or "F32")
         if problems := misfits(shapes, headers) or _untied(config, stored):
             raise SourceError(
                 f"{directory} is not the model that its config.json describes:{listed(problems)}\n"
                 "Remedy: copy the model again, config.json and every shard of it"
             )
-        dtype = dtype or headers[next(family.linear_paths(config)) + ".weight"][0]
+        if packed and any(stored.read(name).any() for name in packed.surplus_biases):
+            raise SourceError(
+                f"{directory} stores biases that are not zero, of layers that have none in its "
+                "config.json\nRemedy: copy config.json again"
+            )
+        dtype = dtype or stored_dtype(headers)
     return Source(model, directory, config, family, dtype or "F32", shapes, stored, packed)
+
+
+def stored_dtype(headers: Headers) -> DType:
+    """Of a model whose config.json names none: that of its embedding."""
+    return cast(DType, headers[_EMBEDDING][0])
 
 
 def model_config(directory: Path) -> PretrainedConfig:

@@ -4,10 +4,12 @@ Tolerance: the error (Frobenius norm) may be twice that of the reference in fp32
 of the output to its dtype.
 """
 
+import gc
 import os
 import random
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,8 +112,8 @@ def build(
 def run(case: Case) -> torch.Tensor:
     shape = (*case.query.shape[:2], case.settings["layout"].v_rank)
     output = torch.full(shape, torch.nan, dtype=case.query.dtype)
-    requests = tuple(range(len(case.batch.seq_lens)))
-    compiled.attend(case.query, case.cache, case.batch, output, requests, **case.settings)
+    few = compiled.FewTokens.of(case.batch, tuple(range(len(case.batch.seq_lens))))
+    compiled.attend(case.query, case.cache, few, output, **case.settings)
     return output
 
 
@@ -259,7 +261,9 @@ def test_the_cpu_kernel_mixes_both_paths(monkeypatch):
     case.batch.block_table[case.batch.block_table == UNUSED] = 0  # torch reads whole rows of it
     calls = []
     inner = compiled.attend
-    monkeypatch.setattr(compiled, "attend", lambda *a, **k: (calls.append(a[4]), inner(*a, **k)))
+    monkeypatch.setattr(
+        compiled, "attend", lambda *a, **k: (calls.append(a[2].requests), inner(*a, **k))
+    )
     outputs = []
     for there in (True, False):
         monkeypatch.setattr(compiled, "usable", lambda *_, there=there: there)
@@ -270,6 +274,16 @@ def test_the_cpu_kernel_mixes_both_paths(monkeypatch):
     assert calls == [(0, 2, 4)] * 2
     torch.testing.assert_close(outputs[0], outputs[2])
     torch.testing.assert_close(outputs[1], outputs[3])
+
+
+def test_what_is_kept_of_a_batch_goes_with_it():
+    case = build([(1, 40), (30, 30)])
+    output = torch.empty(31, 4, 24)
+    cpu.attend(case.query, case.cache, case.batch, output, **case.settings)
+    batch = weakref.ref(case.batch)
+    del case
+    gc.collect()
+    assert batch() is None
 
 
 def test_concurrent_callers():

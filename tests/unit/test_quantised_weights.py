@@ -68,7 +68,10 @@ def test_packed_integers_as_the_library_unpacks_them(quantised_checkpoint):
         stored = load_file(directory / "model.safetensors")
         parts = {n.rpartition(".")[2]: t for n, t in stored.items() if n.startswith(f"{path}.")}
         unpacked = PackedQuantizationCompressor.decompress(parts, QuantizationScheme(**config))
-        assert torch.allclose(source.read(f"{path}.weight"), unpacked["weight"].float(), rtol=1e-6)
+        # The library multiplies in the dtype of the scales.
+        rounding = torch.finfo(parts["weight_scale"].dtype).eps
+        weight = unpacked["weight"].float()
+        assert torch.allclose(source.read(f"{path}.weight"), weight, rtol=rounding, atol=0)
 
 
 def as_bytes(tensor):
@@ -139,20 +142,65 @@ def test_bases_are_those_of_the_dense_weights(
     assert all(torch.equal(made[0][n], made[1][n]) for n in made[0])
 
 
-def test_parts_that_are_missing_or_misshapen_are_named(quantised_checkpoint, tmp_path):
-    path = "model.layers.0.self_attn.q_proj"
-    missing = with_tensors(
-        quantised_checkpoint("gptq"), tmp_path / "a", lambda held: held.pop(f"{path}.scales")
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def put(part, tensor):
+    """A change of one part of a layer; None takes it away."""
+
+    def change(held):
+        held.pop(f"{Q_PROJ}.{part}", None)
+        if tensor is not None:
+            held[f"{Q_PROJ}.{part}"] = tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "tensor", "message"),
+    [
+        ("gptq", "scales", None, r"scales is missing"),
+        ("gptq", "scales", torch.zeros(0, 128), r"has 0 groups for 64 columns|qzeros is"),
+        ("gptq", "scales", torch.tensor(1.0), r"scales is F32 \[\]; 2 dimensions"),
+        ("gptq", "qweight", torch.zeros(8, 128), r"qweight is F32 \[8, 128\]; I32 was"),
+        ("awq", "qweight", torch.zeros(3, 3).int(), r"qweight is I32 \[3, 3\]; \[64, 16\] was"),
+        ("packed", "weight_scale", torch.zeros(3, 2), r"F32 \[3, 2\]; \[128, 2\] was expected"),
+        ("packed", "weight_packed", torch.zeros(128, 3).int(), r"2, 4, 8 bits a weight"),
+        ("int8", "weight_scale", torch.zeros(5, 1), r"has 5 x 1 scales"),
+        ("fp8_blocks", "weight_scale_inv", torch.zeros(2, 2), r"one for every 48 x 48"),
+    ],
+)
+def test_parts_that_are_missing_or_misshapen_are_named(
+    quantised_checkpoint, tmp_path, name, part, tensor, message
+):
+    model = with_tensors(quantised_checkpoint(name), tmp_path / "model", put(part, tensor))
+    with pytest.raises(SourceError, match=message):
+        open_source(str(model), quantised=True)
+
+
+def test_surplus_biases_must_be_zero(quantised_checkpoint, tmp_path):
+    model = with_tensors(
+        quantised_checkpoint("gptq"), tmp_path / "model", put("bias", torch.ones(128))
     )
-    with pytest.raises(SourceError, match=r"q_proj\.scales is missing"):
-        open_source(str(missing), quantised=True)
+    with pytest.raises(SourceError, match="biases that are not zero"):
+        open_source(str(model), quantised=True)
 
-    def cut(held):
-        held[f"{path}.weight_scale"] = held[f"{path}.weight_scale"][:3].clone()
 
-    misshapen = with_tensors(quantised_checkpoint("packed"), tmp_path / "b", cut)
-    with pytest.raises(SourceError, match=r"q_proj\.weight_scale is \[3, 2\], \[128, 2\] was"):
-        open_source(str(misshapen), quantised=True)
+def test_groups_beyond_the_scales_are_refused_when_read(quantised_checkpoint, tmp_path):
+    wild = put("g_idx", torch.full((64,), 7, dtype=torch.int32))
+    model = with_tensors(quantised_checkpoint("gptq"), tmp_path / "model", wild)
+    source = open_source(str(model), quantised=True)
+    with pytest.raises(SourceError, match="g_idx names groups beyond 2"):
+        source.read(f"{Q_PROJ}.weight")
+
+
+@pytest.mark.parametrize("block", [128, [128], ["a", "b"], [0, 0]])
+def test_blocks_that_are_none_are_refused(quantised_checkpoint, tmp_path, block):
+    model = with_config(
+        quantised_checkpoint("fp8_blocks"), tmp_path / "model", weight_block_size=block
+    )
+    with pytest.raises(SourceError, match="two positive sizes were expected"):
+        open_source(str(model), quantised=True)
 
 
 def test_what_is_refused(quantised_checkpoint, refused, tmp_path_factory):
@@ -164,5 +212,7 @@ def test_what_is_refused(quantised_checkpoint, refused, tmp_path_factory):
     caches = with_config(
         quantised_checkpoint("int8"), root / "caches", kv_cache_scheme={"num_bits": 8}
     )
+    turned = with_config(model, root / "turned", transform_config={"config_groups": {}})
+    assert "with transforms" in refused("--kv-only", source=turned)
     assert "kv_cache_scheme" in refused("--kv-only", source=caches)
     assert "drop one of the two" in refused("--kv-only", "--kept", 0.5, source=model)

@@ -1,8 +1,11 @@
 """What one slot of the paged cache holds: the latents of one token and group."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_svd import codec
@@ -30,7 +33,7 @@ class LatentLayout:
     """A slot is [z_k | z_v] in the cache's dtype; with tiers it is bytes:
 
     [codes of the key's tiers | those of the value's | one scale per tier, in the same order].
-    Each layer has its own: kernels keep what they derive of it by its identity.
+    Told from others by its identity, since kernels keep what they derive of each layer's.
     """
 
     k_rank: int
@@ -53,11 +56,19 @@ class LatentLayout:
             return self.k_rank + self.v_rank
         return sum(tier.bytes for tier in (*self.k_tiers, *self.v_tiers))
 
-    @property
+    @functools.cached_property
     def runs(self) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
         """The tiers of the key, then those of the value; none where latents are not quantised."""
         found = tuple(self._runs())
         return found[: len(self.k_tiers)], found[len(self.k_tiers) :]
+
+    @functools.cached_property
+    def run_numbers(self) -> tuple[Any, Any]:
+        """Run.numbers of the key's tiers and of the value's, int64 [tiers, 5]."""
+        keys, values = (
+            np.array([run.numbers for run in part], dtype=np.int64) for part in self.runs
+        )
+        return keys, values
 
     def read(
         self, slots: torch.Tensor, dtype: torch.dtype = torch.float32

@@ -1,8 +1,14 @@
 """Arguments that every kernel over a paged latent cache shares."""
 
+import functools
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -11,7 +17,7 @@ class PagedBatch:
 
     Its last query token stands at position seq_lens[i] - 1; position p lies in cache block
     block_table[i, p // block size], slot p % block size.
-    Kernels keep what all layers of a step need of it by its identity.
+    Told from others by its identity: see once_per_batch.
     """
 
     query_start_loc: torch.Tensor
@@ -34,3 +40,20 @@ class Rope:
 
     cos_sin: torch.Tensor
     is_neox: bool
+
+
+def once_per_batch(derive: Callable[[PagedBatch], T]) -> Callable[[PagedBatch], T]:
+    """Keep what `derive` gives as long as the batch lives: the layers of a step share a batch.
+
+    What it gives must not hold the batch, which would then live for ever.
+    """
+    known: weakref.WeakKeyDictionary[PagedBatch, T] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(derive)
+    def derived(batch: PagedBatch) -> T:
+        found = known.get(batch)
+        if found is None:
+            found = known[batch] = derive(batch)
+        return found
+
+    return derived

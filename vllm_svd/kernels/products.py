@@ -1,8 +1,8 @@
 """Products in half precision on CPUs that have no units for it.
 
 torch emulates them there, five to ten times more slowly than it multiplies in fp32. So operands are
-widened for the one product that reads them: the weights in memory stay as they are, and the result
-is rounded once.
+widened for the one product that reads them, large weights a tile at a time; what is kept of them
+stays in half precision, and the result is rounded once.
 """
 
 import torch
@@ -14,6 +14,7 @@ _EMULATES_BF16 = _HAS_MKLDNN and not torch.ops.mkldnn._is_mkldnn_bf16_supported(
 _EMULATES_FP16 = _HAS_MKLDNN and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 # Of fewer rows a product reads its weights once, in half precision, at the speed of memory.
 FEW_ROWS = 4
+TILE_ELEMENTS = 1 << 24
 
 
 def emulated(x: torch.Tensor) -> bool:
@@ -26,11 +27,15 @@ def emulated(x: torch.Tensor) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., n] times weight [m, n], plus bias [m], in the dtype of x."""
-    # A graph is compiled once for any number of rows.
+    # A graph is compiled once for any number of rows: it widens.
     few = not torch.compiler.is_compiling() and x.numel() < FEW_ROWS * x.shape[-1]
     if few or not emulated(x):
         return F.linear(x, weight, bias)
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    wide = x.float()
+    step = max(1, TILE_ELEMENTS // weight.shape[1])
+    tiles = [F.linear(wide, tile.float()) for tile in torch.split(weight, step)]
+    y = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def widened(weight: torch.Tensor) -> torch.Tensor:

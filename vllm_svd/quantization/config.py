@@ -13,6 +13,7 @@ from vllm_svd.compat import (
     LinearBase,
     QuantizationConfig,
     QuantizeMethodBase,
+    UnquantizedLinearMethod,
     VocabParallelEmbedding,
     get_quantization_config,
     get_tensor_model_parallel_world_size,
@@ -105,7 +106,9 @@ class SvdConfig(QuantizationConfig):
                 return LatentKVMethod(self, projection)
         if self.weights is not None:
             self.weights.packed_modules_mapping = self.packed_modules_mapping
-            return self.weights.get_quant_method(layer, prefix)
+            method: QuantizeMethodBase | None = self.weights.get_quant_method(layer, prefix)
+            if method is not None and type(method) is not UnquantizedLinearMethod:
+                return method
         return self._own_method(layer, prefix)
 
     def _own_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

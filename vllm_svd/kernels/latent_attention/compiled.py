@@ -7,10 +7,8 @@ import ctypes
 import functools
 import math
 import struct
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from vllm_svd import codec
@@ -48,12 +46,43 @@ def warm_up() -> None:
         native.team()
 
 
+class FewTokens(NamedTuple):
+    """Requests of a batch, in ascending order, and where the machine code finds them.
+
+    Of each at least one query token and at most `most_tokens`; of the batch `num_tokens`. The batch
+    itself is not kept: it lives as long as its step.
+    """
+
+    requests: tuple[int, ...]
+    are_all: bool
+    num_tokens: int
+    most_tokens: int
+    addresses: tuple[int, ...]
+    chosen: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    tables: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: PagedBatch, requests: tuple[int, ...]) -> "FewTokens":
+        chosen = torch.tensor(requests, dtype=torch.int64)
+        starts, lengths = _int32(batch.query_start_loc), _int32(batch.seq_lens)
+        tables = _rows(_int32(batch.block_table))
+        addresses = (
+            *(chosen.data_ptr(), len(requests), starts.data_ptr(), lengths.data_ptr()),
+            *(tables.data_ptr(), tables.stride(0) * 4),
+        )
+        most_tokens = int(starts.diff()[chosen].max()) if requests else 0
+        are_all = len(requests) == len(lengths)
+        sizes = are_all, batch.num_tokens, most_tokens
+        return cls(requests, *sizes, addresses, chosen, starts, lengths, tables)
+
+
 def attend(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
-    batch: PagedBatch,
+    few: FewTokens,
     output: torch.Tensor,
-    requests: tuple[int, ...],
     *,
     scale: float,
     layout: LatentLayout,
@@ -61,30 +90,27 @@ def attend(
     rope: Rope | None,
     sliding_window: int | None,
 ) -> None:
-    """See vllm_svd.kernels.latent_attention; for these requests, in ascending order.
+    """See vllm_svd.kernels.latent_attention; of a batch these requests alone.
 
-    Each has a query token at least. Python's own time counts here: a step of one request does this
-    for every layer.
+    Python's own time counts here: a step of one request does this for every layer.
     """
     heads, width = query.shape[1:]
     v_rank, rebuilt = layout.v_rank, k_up is not None and rope is not None
     kv_heads = kv_cache.shape[1] if k_up is None else k_up.shape[0]
-    of_batch, most_tokens = _of_batch(batch, requests)
-    max_rows = heads // kv_heads * most_tokens
+    requests = len(few.requests)
+    max_rows = heads // kv_heads * few.most_tokens
     threads = torch.get_num_threads()
     # Threads and items begun, parts finished of each head and request.
-    counts = _lines(8 * (2 + kv_heads * len(requests)))
+    counts = _lines(8 * (2 + kv_heads * requests))
     # Parts at most: one per head and request, and those that are cut off by length.
-    partial = (kv_heads * len(requests) + threads * ITEMS_PER_THREAD) * max_rows * (v_rank + 2) * 4
-    stride, of_scratch = _scratch_parts(
-        width, layout.k_rank, v_rank, max_rows, rebuilt, len(requests)
-    )
+    partial = (kv_heads * requests + threads * ITEMS_PER_THREAD) * max_rows * (v_rank + 2) * 4
+    stride, of_scratch = _scratch_parts(width, layout.k_rank, v_rank, max_rows, rebuilt, requests)
     begun = native.scratch(counts + _lines(partial) + threads * stride)
     ctypes.memset(begun, 0, counts)
     query, kv_cache = _rows(query), _rows(kv_cache)
     result = output
     if output.dtype != torch.float32 or output.stride()[1:] != (v_rank, 1):
-        result = torch.empty(batch.num_tokens, heads, v_rank, dtype=torch.float32)
+        result = torch.empty(few.num_tokens, heads, v_rank, dtype=torch.float32)
     if k_up is not None and rope is not None:
         k_up, rope = _rows(k_up), Rope(_rows(rope.cos_sin), rope.is_neox)
     item = query.element_size()
@@ -92,7 +118,7 @@ def attend(
         _scale(scale),
         (
             *(begun, begun + 8, begun + 16, begun + counts, begun + counts + _lines(partial)),
-            *of_batch.addresses,
+            *few.addresses,
             *(query.data_ptr(), query.stride(0) * item, query.stride(1) * item),
             *(result.data_ptr(), result.stride(0) * 4, max_rows, threads),
         ),
@@ -101,31 +127,10 @@ def attend(
     )
     if result is output:
         return
-    if len(requests) == len(batch.seq_lens):
-        output[: batch.num_tokens].copy_(result)
+    if few.are_all:
+        output[: few.num_tokens].copy_(result)
     else:
-        _copy_rows(result, output, batch, requests)
-
-
-class _Batch(NamedTuple):
-    """Addresses of what all layers of a step read, and the tensors that are there."""
-
-    addresses: tuple[int, ...]
-    tensors: tuple[torch.Tensor, ...]
-
-
-@functools.lru_cache(maxsize=2)
-def _of_batch(batch: PagedBatch, requests: tuple[int, ...]) -> tuple[_Batch, int]:
-    """What is read of these requests, and the query tokens that one of them has at most."""
-    chosen = torch.tensor(requests)
-    starts, lengths = _int32(batch.query_start_loc), _int32(batch.seq_lens)
-    tables = _rows(_int32(batch.block_table))
-    addresses = (
-        *(chosen.data_ptr(), len(requests), starts.data_ptr(), lengths.data_ptr()),
-        *(tables.data_ptr(), tables.stride(0) * 4),
-    )
-    most_tokens = int((starts[1:] - starts[:-1])[chosen].max())
-    return _Batch(addresses, (chosen, starts, lengths, tables)), most_tokens
+        _copy_rows(result, output, few)
 
 
 def _of_layer(
@@ -141,9 +146,10 @@ def _of_layer(
     of_up = None if k_up is None else _place(k_up)
     of_rope = None if rope is None else (_place(rope.cos_sin), rope.is_neox)
     place = _place(kv_cache)
-    return _packed_layer(
+    packed, _alive = _packed_layer(
         layout, query.dtype, heads, query.shape[2], place, of_up, of_rope, sliding_window
     )
+    return packed
 
 
 Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
@@ -163,12 +169,14 @@ def _packed_layer(
     up: Place | None,
     rope: tuple[Place, bool] | None,
     sliding_window: int | None,
-) -> bytes:
+) -> tuple[bytes, Any]:
+    """And the arrays that it has the addresses of."""
     groups, block_size = cache[2][1:3]
     kv_heads = groups if up is None else up[2][0]
+    tiers, arrays = _tiers(layout)
     arguments = {
         **_strided("cache", cache, 3),
-        **_tiers(layout)[0],
+        **tiers,
         "query_kind": KINDS[dtype],
         "kv_heads": kv_heads,
         "least_part": LEAST_PART,
@@ -185,7 +193,7 @@ def _packed_layer(
         table, is_neox = rope
         arguments |= _strided("up", up, 2) | _strided("cos_sin", table, 1)
         arguments |= {"rotary_dim": table[2][-1], "is_neox": is_neox}
-    return native.packed(native.LAYER, arguments)
+    return native.packed(native.LAYER, arguments), arrays
 
 
 @functools.lru_cache(maxsize=64)
@@ -193,11 +201,9 @@ def _scale(scale: float) -> bytes:
     return struct.pack("d", scale * math.log2(math.e))  # weights are powers of two
 
 
-def _copy_rows(
-    result: torch.Tensor, output: torch.Tensor, batch: PagedBatch, requests: Sequence[int]
-) -> None:
+def _copy_rows(result: torch.Tensor, output: torch.Tensor, few: FewTokens) -> None:
     """Of these requests alone: runs of neighbours together."""
-    starts, first = batch.query_start_loc.tolist(), 0
+    starts, requests, first = few.starts.tolist(), few.requests, 0
     for i, request in enumerate(requests):
         if i + 1 == len(requests) or starts[request + 1] != starts[requests[i + 1]]:
             rows = slice(starts[requests[first]], starts[request + 1])
@@ -258,20 +264,19 @@ def _scratch_parts(
     return end, native.packed(native.SCRATCH, offsets | sizes)
 
 
-@functools.lru_cache(maxsize=1024)
 def _tiers(layout: LatentLayout) -> tuple[dict[str, int], Any]:
-    """Where the tiers lie and the values of scales and fp8 codes; the arrays are to be kept."""
+    """Where the tiers lie and the values of scales and fp8 codes, as addresses and arrays."""
     if not layout.quantised:
         return {}, None
-    runs = [np.array([run.numbers for run in part], dtype=np.int64) for part in layout.runs]
+    keys, values = layout.run_numbers
     scales = codec.scales().numpy()
     fp8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
     addresses = {
-        "k_runs": runs[0].ctypes.data,
-        "k_num_runs": len(runs[0]),
-        "v_runs": runs[1].ctypes.data,
-        "v_num_runs": len(runs[1]),
+        "k_runs": keys.ctypes.data,
+        "k_num_runs": len(keys),
+        "v_runs": values.ctypes.data,
+        "v_num_runs": len(values),
         "scale_table": scales.ctypes.data,
         "fp8_table": fp8.ctypes.data,
     }
-    return addresses, (runs, scales, fp8)
+    return addresses, (keys, values, scales, fp8)

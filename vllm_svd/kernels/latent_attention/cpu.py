@@ -5,7 +5,6 @@ FlashAttention, so memory stays bounded by one tile whatever the batch and the c
 requests of equal query length together.
 """
 
-import functools
 from collections import defaultdict
 from itertools import pairwise
 
@@ -13,7 +12,7 @@ import torch
 
 from vllm_svd.kernels.latent_attention import compiled
 from vllm_svd.kernels.latent_layout import LatentLayout
-from vllm_svd.kernels.paged_batch import PagedBatch, Rope
+from vllm_svd.kernels.paged_batch import PagedBatch, Rope, once_per_batch
 
 # Rebuilt keys and scores of one tile should stay in the last-level cache.
 TILE_BYTES = 4 << 20
@@ -36,14 +35,13 @@ def attend(
     """See vllm_svd.kernels.latent_attention."""
     few, many = _split(batch)
     if not compiled.usable(query, kv_cache, k_up, rope):
-        few, many = [], [*few, *many]
-    if few:
+        many += few.requests
+    elif few.requests:
         compiled.attend(
             query,
             kv_cache,
-            batch,
+            few,
             output,
-            tuple(few),
             scale=scale,
             layout=layout,
             k_up=k_up,
@@ -74,13 +72,14 @@ def attend(
         ).to(output.dtype)
 
 
-@functools.lru_cache(maxsize=2)
-def _split(batch: PagedBatch) -> tuple[list[int], list[int]]:
-    """Requests of a few query tokens and of many, once for all layers of a step."""
+@once_per_batch
+def _split(batch: PagedBatch) -> tuple[compiled.FewTokens, tuple[int, ...]]:
+    """Requests of a few query tokens, and of many."""
     starts = batch.query_start_loc.tolist()
     tokens = [after - before for before, after in pairwise(starts)]
-    few = [request for request, count in enumerate(tokens) if 0 < count <= FEW_TOKENS]
-    return few, [request for request, count in enumerate(tokens) if count > FEW_TOKENS]
+    few = tuple(request for request, count in enumerate(tokens) if 0 < count <= FEW_TOKENS)
+    many = tuple(request for request, count in enumerate(tokens) if count > FEW_TOKENS)
+    return compiled.FewTokens.of(batch, few), many
 
 
 def _attend_equal_queries(

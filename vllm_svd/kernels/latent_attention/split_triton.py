@@ -13,7 +13,7 @@ import triton.language as tl
 from vllm_svd.kernels.latent_tiers_triton import padded
 
 WAVES = 2  # programs for each of the device's processors
-LEAST_PART = 256  # tokens, below which starting and combining a part costs more than it saves
+LEAST_PART = 256  # tokens: whole tiles, fewer than which cost more to combine than they save
 MOST_PARTS = 64
 
 
@@ -43,19 +43,19 @@ def parts(
     return torch.empty(splits, tokens, heads, v_rank + 2, dtype=torch.float32, device=device)
 
 
-@triton.jit(do_not_specialize=["requests"])
+@triton.jit(do_not_specialize=["requests", "splits"])
 def _combine_kernel(
     parts_ptr,
     output_ptr,
     query_start_ptr,
     requests,
+    splits,
     split_stride,
     parts_token_stride,
     parts_head_stride,
     output_token_stride,
     output_head_stride,
-    SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
+    MOST_PARTS: tl.constexpr,
     V_RANK: tl.constexpr,
     V_PADDED: tl.constexpr,
 ):
@@ -64,18 +64,20 @@ def _combine_kernel(
     if token >= tl.load(query_start_ptr + requests):
         return  # padding, of which nothing was computed
     first = parts_ptr + token * parts_token_stride + head * parts_head_stride
-    part = tl.arange(0, SPLITS_PADDED)
+    part = tl.arange(0, MOST_PARTS)
     states = first + part * split_stride + V_RANK
-    highest = tl.load(states, mask=part < SPLITS, other=float("-inf"))
+    scores = tl.load(states, mask=part < splits, other=float("-inf"))
     # Every query sees itself, so one part at least has a score.
-    weight = tl.exp(highest - tl.max(highest, axis=0))
-    total = tl.sum(weight * tl.load(states + 1, mask=part < SPLITS, other=0.0), axis=0)
+    highest = tl.max(scores, axis=0)
+    sums = tl.load(states + 1, mask=part < splits, other=0.0)
+    total = tl.sum(tl.exp(scores - highest) * sums, axis=0)
     channel = tl.arange(0, V_PADDED)
     mixed = tl.zeros([V_PADDED], tl.float32)
-    for i in range(SPLITS):
+    for i in range(splits):
         row = first + i * split_stride
-        decay = tl.exp(tl.load(row + V_RANK) - tl.max(highest, axis=0))
-        mixed += decay * tl.load(row + channel, mask=channel < V_RANK, other=0.0)
+        weight = tl.exp(tl.load(row + V_RANK) - highest)
+        if weight > 0:  # short contexts fill the first parts alone
+            mixed += weight * tl.load(row + channel, mask=channel < V_RANK, other=0.0)
     target = output_ptr + token * output_token_stride + head * output_head_stride + channel
     tl.store(target, (mixed / total).to(target.dtype.element_ty), mask=channel < V_RANK)
 
@@ -88,10 +90,10 @@ def combine(parts: torch.Tensor, output: torch.Tensor, query_start_loc: torch.Te
         output,
         query_start_loc,
         query_start_loc.shape[0] - 1,
+        splits,
         *parts.stride()[:3],
         *output.stride()[:2],
-        SPLITS=splits,
-        SPLITS_PADDED=padded(splits),
+        MOST_PARTS=MOST_PARTS,
         V_RANK=width - 2,
         V_PADDED=padded(width - 2),
     )

@@ -136,6 +136,7 @@ def _attention_kernel(
     WINDOW: tl.constexpr,
     V_RANK: tl.constexpr,
     SPLIT: tl.constexpr,
+    LEAST_PART: tl.constexpr,
 ):
     block = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -207,7 +208,7 @@ def _attention_kernel(
     if WINDOW > 0:
         begin = tl.maximum(seq_len - query_length + first - WINDOW + 1, 0) // TILE * TILE
     if SPLIT:
-        part = tl.cdiv(tl.cdiv(end - begin, splits), TILE) * TILE
+        part = tl.maximum(tl.cdiv(tl.cdiv(end - begin, splits), TILE) * TILE, LEAST_PART)
         begin += tl.program_id(2) * part
         end = tl.minimum(end, begin + part)
     for tile in range(begin, end, TILE):
@@ -358,6 +359,7 @@ def attend(
         WINDOW=sliding_window or 0,
         V_RANK=layout.v_rank,
         SPLIT=parts is not None,
+        LEAST_PART=split_triton.LEAST_PART,
     )
     if parts is not None:
         split_triton.combine(parts, output, batch.query_start_loc)

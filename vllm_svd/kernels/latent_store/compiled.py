@@ -31,7 +31,7 @@ def store(
     tokens = slot_mapping.shape[0]
     bounds, scales, largest, tried = _tables()
     slots, cache = slot_mapping.to(torch.int64).numpy(), kv_cache.numpy()
-    for latent, runs in zip((key, value), _runs(layout), strict=True):
+    for latent, runs in zip((key, value), layout.run_numbers, strict=True):
         rows = latent[:tokens].float().contiguous().numpy()
         _machine_code()(rows, slots, cache, runs, bounds, scales, largest, tried)
 
@@ -42,13 +42,6 @@ def _tables() -> tuple[Any, Any, Any, Any]:
     scales = codec.scales().numpy()
     largest = np.array([codec.LARGEST[store] for store in STORES], dtype=np.float32)
     return bounds, scales, largest, np.array([codec.TRIED[store] for store in STORES])
-
-
-@functools.lru_cache(maxsize=64)
-def _runs(layout: LatentLayout) -> tuple[Any, Any]:
-    """Of keys and of values: Run.numbers, [tiers, 5]."""
-    keys, values = (np.array([run.numbers for run in part], dtype=np.int64) for part in layout.runs)
-    return keys, values
 
 
 @functools.cache
