@@ -201,14 +201,18 @@ def test_both_have_what_the_first_has(shared_directory):
 
 
 @pytest.mark.parametrize(
-    ("method", "allocator"),
-    [("gfwsvd", "water_filling"), (RECOVERED, "uniform")],
+    ("method", "allocator", "cache"),
+    [
+        ("gfwsvd", "water_filling", {"kept": 0.5}),
+        (RECOVERED, "uniform", {"kept": 0.5}),
+        ("svd", "uniform", {"kept": 0.15, "store": "tiers", "allocator": "measured"}),
+    ],
 )
 def test_a_run_of_two_processes_writes_one_checkpoint(
-    method, allocator, noisy_checkpoint, short_text, tmp_path
+    method, allocator, cache, noisy_checkpoint, short_text, tmp_path
 ):
     model, out, path = noisy_checkpoint("llama"), tmp_path / "out", tmp_path / "recipe.yaml"
-    recipe = recipe_for(short_text, method, allocator=allocator, host_memory_gib=1e-9)
+    recipe = recipe_for(short_text, method, 0.5, allocator, cache, host_memory_gib=1e-9)
     path.write_text(recipe.yaml())
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "offline_compress", "run", str(model), str(out), "--recipe", str(path)]
@@ -219,7 +223,9 @@ def test_a_run_of_two_processes_writes_one_checkpoint(
     alone = compress(recipe, str(model), tmp_path / "alone")
     together = inspect(out)
     assert together.plan == inspect(tmp_path / "alone").plan
-    assert together.measured.perplexity == pytest.approx(alone.perplexity, rel=1e-3)
+    # Latents that fp32 sums of another order move over the border between two codes lose otherwise.
+    rel = 3e-3 if "store" in cache else 1e-3
+    assert together.measured.perplexity == pytest.approx(alone.perplexity, rel=rel)
     assert together.measured.scored_tokens == alone.scored_tokens
 
 
