@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from offline_compress.weights.shards import DType, Headers, SourceError
+from vllm_svd.format.dtypes import DTYPE_BYTES
 
 Read = Callable[[str], torch.Tensor]
 
@@ -74,6 +75,11 @@ class Quantised:
                 self._layout(path)
             except SourceError as error:
                 problems.append(str(error))
+            problems += [
+                f"{name} is {self.headers[name][0]}; {', '.join(DTYPE_BYTES)} are accepted"
+                for name in self.parts(path)
+                if self.headers[name][0] not in DTYPE_BYTES
+            ]
             hidden.update(self.parts(path))
             whole[f"{path}.weight"] = dtype, self.shapes[path]
         if problems:

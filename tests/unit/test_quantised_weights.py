@@ -167,6 +167,7 @@ def put(part, tensor):
         ("packed", "weight_scale", torch.zeros(3, 2), r"F32 \[3, 2\]; \[128, 2\] was expected"),
         ("packed", "weight_packed", torch.zeros(128, 3).int(), r"2, 4, 8 bits a weight"),
         ("int8", "weight_scale", torch.zeros(5, 1), r"has 5 x 1 scales"),
+        ("int8", "input_scale", torch.zeros(1).bool(), r"input_scale is BOOL; BF16, F16"),
         ("fp8_blocks", "weight_scale_inv", torch.zeros(2, 2), r"one for every 48 x 48"),
     ],
 )
