@@ -1,6 +1,8 @@
 """The published results say what the project says of them."""
 
+import json
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -85,3 +87,24 @@ def test_tiers_were_measured_on_grouped_heads_and_on_heads_with_a_norm_each():
     assert {path.stem for path in TIERS} >= {"wiki-llama-s", "wiki-qwen3-mha"}
     for path in TIERS:
         assert len(list(path.parent.glob(f"{path.stem}-kv-*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("serving_tiers", {"tiers": 1.6, "post": 1.6}),
+        ("serving_tiers_fp32", {"tiers": 1.4, "post": 1.6}),
+    ],
+)
+def test_a_smaller_cache_serves_more_in_the_same_bytes(name, least):
+    (path,) = RESULTS.glob(f"*/{name}.json")
+    servers = {server["name"]: server for server in json.loads(path.read_text())["servers"]}
+    speed = {
+        name: median(load["output_throughput"] for load in server["rounds"])
+        for name, server in servers.items()
+    }
+    dense = servers["dense"]
+    for other, ratio in least.items():
+        assert servers[other]["cache"]["memory_bytes"] == dense["cache"]["memory_bytes"]
+        assert servers[other]["quality"]["perplexity"] < 1.02 * dense["quality"]["perplexity"]
+        assert speed[other] >= ratio * speed["dense"]
