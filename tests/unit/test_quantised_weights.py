@@ -9,7 +9,7 @@ from compressed_tensors.compressors.pack_quantized import PackedQuantizationComp
 from compressed_tensors.quantization import QuantizationScheme
 from quantised_models import METHODS, quantised, weights_of
 from reference_models import assert_same_logits, logits
-from safetensors.torch import load_file, save_file
+from runs import tensors_of, with_weights
 
 from offline_compress import reference
 from offline_compress.weights import SourceError, open_source
@@ -29,15 +29,6 @@ def quantised_checkpoint(tiny_checkpoint, tmp_path_factory):
         return made[name, family]
 
     return make
-
-
-def with_tensors(directory, out, change):
-    """A copy whose tensors are `change`d."""
-    shutil.copytree(directory, out)
-    held = load_file(out / "model.safetensors")
-    change(held)
-    save_file(held, out / "model.safetensors", metadata={"format": "pt"})
-    return out
 
 
 def with_config(directory, out, **changes):
@@ -65,7 +56,7 @@ def test_packed_integers_as_the_library_unpacks_them(quantised_checkpoint):
         source = open_source(str(directory), quantised=True)
         config = source.quantised.config["config_groups"]["group_0"]
         path = "model.layers.1.mlp.down_proj"
-        stored = load_file(directory / "model.safetensors")
+        stored = tensors_of(directory)
         parts = {n.rpartition(".")[2]: t for n, t in stored.items() if n.startswith(f"{path}.")}
         unpacked = PackedQuantizationCompressor.decompress(parts, QuantizationScheme(**config))
         # The library multiplies in the dtype of the scales.
@@ -86,9 +77,7 @@ def test_only_projections_are_added(
     arguments = ("--recipe", recipe, "--text", short_text, "--kv-only", "--kv-kept", 0.5)
     code, output, errors = invoke("run", model, out, *arguments)
     assert code == 0, errors
-    before, after = load_file(model / "model.safetensors"), {}
-    for shard in out.glob("*.safetensors"):
-        after |= load_file(shard)
+    before, after = tensors_of(model), tensors_of(out)
     config = verify(out)
     assert after.keys() - before.keys() == config.tensors().keys()
     for tensor, value in before.items():
@@ -126,7 +115,7 @@ def test_bases_are_those_of_the_dense_weights(
     quantised_checkpoint, tiny_checkpoint, invoke, recipe, short_text, tmp_path
 ):
     model = quantised_checkpoint("int8")
-    plain = with_tensors(
+    plain = with_weights(
         tiny_checkpoint("llama"), tmp_path / "plain", lambda held: held.update(weights_of(model))
     )
     made = []
@@ -134,10 +123,7 @@ def test_bases_are_those_of_the_dense_weights(
         arguments = ("--recipe", recipe, "--text", short_text, "--kv-only", "--kv-kept", 0.5)
         code, _, errors = invoke("run", source, tmp_path / name, *arguments)
         assert code == 0, errors
-        held = {}
-        for shard in (tmp_path / name).glob("*.safetensors"):
-            held |= load_file(shard)
-        made.append({n: t for n, t in held.items() if ".attn." in n})
+        made.append({n: t for n, t in tensors_of(tmp_path / name).items() if ".attn." in n})
     assert made[0].keys() == made[1].keys()
     assert all(torch.equal(made[0][n], made[1][n]) for n in made[0])
 
@@ -174,13 +160,13 @@ def put(part, tensor):
 def test_parts_that_are_missing_or_misshapen_are_named(
     quantised_checkpoint, tmp_path, name, part, tensor, message
 ):
-    model = with_tensors(quantised_checkpoint(name), tmp_path / "model", put(part, tensor))
+    model = with_weights(quantised_checkpoint(name), tmp_path / "model", put(part, tensor))
     with pytest.raises(SourceError, match=message):
         open_source(str(model), quantised=True)
 
 
 def test_surplus_biases_must_be_zero(quantised_checkpoint, tmp_path):
-    model = with_tensors(
+    model = with_weights(
         quantised_checkpoint("gptq"), tmp_path / "model", put("bias", torch.ones(128))
     )
     with pytest.raises(SourceError, match="biases that are not zero"):
@@ -189,7 +175,7 @@ def test_surplus_biases_must_be_zero(quantised_checkpoint, tmp_path):
 
 def test_groups_beyond_the_scales_are_refused_when_read(quantised_checkpoint, tmp_path):
     wild = put("g_idx", torch.full((64,), 7, dtype=torch.int32))
-    model = with_tensors(quantised_checkpoint("gptq"), tmp_path / "model", wild)
+    model = with_weights(quantised_checkpoint("gptq"), tmp_path / "model", wild)
     source = open_source(str(model), quantised=True)
     with pytest.raises(SourceError, match="g_idx names groups beyond 2"):
         source.read(f"{Q_PROJ}.weight")

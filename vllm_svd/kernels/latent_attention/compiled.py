@@ -170,7 +170,7 @@ def _packed_layer(
     rope: tuple[Place, bool] | None,
     sliding_window: int | None,
 ) -> tuple[bytes, Any]:
-    """And the arrays that it has the addresses of."""
+    """The arguments LAYER, and the arrays of which they hold the addresses."""
     groups, block_size = cache[2][1:3]
     kv_heads = groups if up is None else up[2][0]
     tiers, arrays = _tiers(layout)
