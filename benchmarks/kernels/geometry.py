@@ -83,7 +83,7 @@ class Step:
     def paged(self) -> PagedBatch:
         starts = torch.arange(self.batch + 1, dtype=torch.int32, device=self.device)
         lengths = torch.full((self.batch,), self.context, dtype=torch.int32, device=self.device)
-        return PagedBatch(starts, lengths, self.pages, self.batch)
+        return PagedBatch(starts, lengths, self.pages, self.batch, 1)
 
     def random(self, *shape: int) -> torch.Tensor:
         """Normally distributed, of the step's dtype."""

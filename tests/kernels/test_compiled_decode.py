@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from vllm_svd.format import Tier
-from vllm_svd.kernels.latent_attention import compiled, cpu, native, reference
+from vllm_svd.kernels import native
+from vllm_svd.kernels.latent_attention import compiled, cpu, reference, team
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
 
@@ -98,6 +99,7 @@ def build(
             torch.tensor([length for _, length in lengths], dtype=torch.int32),
             table,
             tokens,
+            max(query for query, _ in lengths),
         ),
         {
             "scale": d**-0.5,
@@ -112,7 +114,7 @@ def build(
 def run(case: Case) -> torch.Tensor:
     shape = (*case.query.shape[:2], case.settings["layout"].v_rank)
     output = torch.full(shape, torch.nan, dtype=case.query.dtype)
-    few = compiled.FewTokens.of(case.batch, tuple(range(len(case.batch.seq_lens))))
+    few = compiled.FewTokens.of(case.batch, case.batch.max_query_len)
     compiled.attend(case.query, case.cache, few, output, **case.settings)
     return output
 
@@ -185,6 +187,7 @@ def test_every_fp16_is_read_exactly():
         torch.ones(count, dtype=torch.int32),
         torch.arange(count, dtype=torch.int32)[:, None],
         count,
+        1,
     )
     settings = {"scale": 1.0, "layout": LatentLayout(1, 1), "k_up": None, "rope": None}
     query = torch.zeros(count, 1, 1, dtype=torch.float16)
@@ -261,17 +264,21 @@ def test_the_cpu_kernel_mixes_both_paths(monkeypatch):
     case.batch.block_table[case.batch.block_table == UNUSED] = 0  # torch reads whole rows of it
     calls = []
     inner = compiled.attend
-    monkeypatch.setattr(
-        compiled, "attend", lambda *a, **k: (calls.append(a[2].requests), inner(*a, **k))
-    )
+
+    def counted(*arguments, **settings):
+        calls.append(arguments[2].tensors[0].tolist())
+        return inner(*arguments, **settings)
+
+    monkeypatch.setattr(compiled, "attend", counted)
     outputs = []
     for there in (True, False):
-        monkeypatch.setattr(compiled, "usable", lambda *_, there=there: there)
+        monkeypatch.setattr(native, "is_there", lambda there=there: there)
+        case.settings["layout"].memo.clear()
         for dtype in (torch.float32, torch.bfloat16):
             output = torch.full((74, 4, 24), torch.nan, dtype=dtype)
             cpu.attend(case.query, case.cache, case.batch, output, **case.settings)
             outputs.append(output)
-    assert calls == [(0, 2, 4)] * 2
+    assert calls == [[0, 2, 4]] * 4
     torch.testing.assert_close(outputs[0], outputs[2])
     torch.testing.assert_close(outputs[1], outputs[3])
 
@@ -316,7 +323,7 @@ assert os.waitpid(child, 0)[1] == 0
 def test_without_numba_torch_serves_all(monkeypatch):
     monkeypatch.setattr(native, "is_there", lambda: False)
     case = build([(1, 40)])
-    monkeypatch.setattr(compiled, "attend", None)
+    monkeypatch.setattr(team, "team", None)
     output = torch.empty(1, 4, 24)
     cpu.attend(case.query, case.cache, case.batch, output, **case.settings)
     assert output.isfinite().all()
@@ -327,7 +334,7 @@ def test_other_code_may_look_at_the_namespaces_of_all_modules():
     """vLLM does when another engine starts in this process."""
     from llvmlite.binding import ffi
 
-    native.team()
+    team.team()
     assert vars(ffi.lib).get("kernel") is None
     for module in list(sys.modules.values()):
         for value in list((getattr(module, "__dict__", None) or {}).values()):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_svd.format import Tier
-from vllm_svd.kernels.latent_attention import native
+from vllm_svd.kernels import native
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.latent_store import compiled, reference
 

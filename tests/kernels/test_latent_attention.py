@@ -95,6 +95,7 @@ def build(
             torch.tensor([length for _, length in lengths], dtype=torch.int32, device=DEVICE),
             table.to(DEVICE),
             tokens,
+            max(query for query, _ in lengths),
         ),
         {
             "scale": d**-0.5,
@@ -271,7 +272,7 @@ def test_padding_rows_are_left_alone(kernel):
     table = torch.cat((case.batch.block_table, case.batch.block_table[:1]))
     query = torch.cat((case.query, case.query[:1]))
     output = torch.full((3, 4, 24), 7.0, device=DEVICE)
-    kernel.attend(query, case.cache, PagedBatch(starts, lens, table, 3), output, **case.settings)
+    kernel.attend(query, case.cache, PagedBatch(starts, lens, table, 3, 1), output, **case.settings)
     exact = torch.empty(2, 4, 24, dtype=torch.float64, device=DEVICE)
     reference.attend(case.query, case.cache, case.batch, exact, **case.settings)
     assert (output[2] == 7.0).all()

@@ -13,7 +13,7 @@ from vllm_svd.kernels.paged_batch import Rope
 
 
 class LatentImpl(AttentionImpl[LatentMetadata]):
-    """Implementation for both modes and any pair of ranks; CPU or CUDA by the tensors' device."""
+    """Implementation for both modes and any pair of ranks; the layer projects."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
 
     def do_kv_cache_update(
         self,
-        layer: torch.nn.Module,  # noqa: ARG002
+        layer: Any,  # noqa: ARG002
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -64,6 +64,18 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         output_block_scale: torch.Tensor | None = None,  # noqa: ARG002
     ) -> torch.Tensor:
         """query [tokens, heads, d or k_rank]; output [tokens, heads, v_rank] is written."""
+        k_up = layer.k_up if self.rotary else None
+        return self._attend(query, kv_cache, attn_metadata, output, k_up, None)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: LatentMetadata | None,
+        output: torch.Tensor,
+        k_up: torch.Tensor | None,
+        v_up: torch.Tensor | None,
+    ) -> torch.Tensor:
         if attn_metadata is None:  # profiling run: no cache yet
             return output.fill_(0)
         rope = None
@@ -76,8 +88,42 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
             output,
             scale=self.scale,
             layout=self.layout,
-            k_up=layer.k_up if rope else None,
+            k_up=k_up,
+            v_up=v_up,
             rope=rope,
             sliding_window=self.sliding_window,
         )
         return output
+
+
+class ProjectingImpl(LatentImpl):
+    """An implementation that projects by itself: it is given what a dense one is."""
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write latents of key and value [tokens, KV heads, d] to their slots."""
+        bases = layer._parameters  # a module's __getattr__ would cost as much as the products
+        down = (bases["k_down"], bases["v_down"])
+        latent_store.store(key, value, kv_cache, slot_mapping, self.layout, down)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,  # noqa: ARG002
+        value: torch.Tensor,  # noqa: ARG002
+        kv_cache: torch.Tensor,
+        attn_metadata: LatentMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,  # noqa: ARG002
+        output_block_scale: torch.Tensor | None = None,  # noqa: ARG002
+    ) -> torch.Tensor:
+        """query and output [tokens, heads, d]."""
+        bases = layer._parameters
+        return self._attend(query, kv_cache, attn_metadata, output, bases["k_up"], bases["v_up"])

@@ -1,7 +1,8 @@
 """An attention layer whose paged cache holds latents of its keys and values.
 
-The projections stand around vLLM's own attention ops, inside the traced graph, so that
-torch.compile may fuse them with what the model does before and after.
+On a GPU the projections stand around vLLM's own attention ops, inside the traced graph, so that
+torch.compile may fuse them with what the model does before and after. On a CPU, where a decode step
+is mostly the cost of starting operators, they are part of the ops, and of their machine code.
 """
 
 from dataclasses import replace
@@ -9,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from vllm_svd.attention.backend import LatentBackend
-from vllm_svd.attention.implementation import LatentImpl
+from vllm_svd.attention.implementation import LatentImpl, ProjectingImpl
 from vllm_svd.attention.rotary import watch_for_rotary
 from vllm_svd.compat import (
     Attention,
@@ -20,10 +21,11 @@ from vllm_svd.compat import (
 )
 from vllm_svd.errors import UnsupportedModelError
 from vllm_svd.format import KVProjection
-from vllm_svd.kernels.products import per_head
+from vllm_svd.kernels.products import of_query_heads, project
 
 # Backends that serve any head size they list when constructed as Attention constructs them.
-NATIVE_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+CPU_BACKEND = "CPU_ATTN"
+NATIVE_BACKENDS = (CPU_BACKEND, "FLASH_ATTN", "TRITON_ATTN")
 CUDA_RANK_MULTIPLE = 8
 
 
@@ -41,20 +43,20 @@ class LatentAttention(Attention):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        output_shape: torch.Size | None = None,  # noqa: ARG002
+        output_shape: torch.Size | None = None,
         output_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """query [tokens, heads * d], key and value [tokens, KV heads * d] to [tokens, heads * d].
 
         Mode `pre` expects a key without RoPE.
         """
-        heads, head_size = self.num_kv_heads, self.head_size
-        queries = query.view(-1, heads, self.num_heads // heads, head_size)
-        k_latent = latents(key.view(len(key), len(self.k_down), -1), self.k_down)
-        v_latent = latents(value.view(len(value), len(self.v_down), -1), self.v_down)
+        if isinstance(self.impl, ProjectingImpl):
+            return super().forward(query, key, value, output_shape, output_dtype)
+        queries = query.view(-1, self.num_heads, self.head_size)
+        k_latent = project(key.view(-1, self.num_kv_heads, self.head_size), self.k_down)
+        v_latent = project(value.view(-1, self.num_kv_heads, self.head_size), self.v_down)
         if self.projection.mode == "post":
-            queries = per_head(queries, self.k_up)
-        queries = queries.reshape(-1, self.num_heads, queries.shape[-1])
+            queries = of_query_heads(queries, self.k_up)
         latent_output = torch.empty(
             (queries.shape[0], self.num_heads, self.projection.v_rank),
             dtype=output_dtype or query.dtype,
@@ -65,11 +67,8 @@ class LatentAttention(Attention):
         torch.ops.vllm.unified_attention_with_output(
             queries, k_latent, v_latent, latent_output, name, kv_cache_dummy_dep=updated
         )
-        per_kv_head = latent_output.view(
-            -1, heads, self.num_heads // heads, latent_output.shape[-1]
-        )
-        output = per_head(per_kv_head, self.v_up.transpose(1, 2))
-        return output.reshape(-1, self.num_heads * head_size)
+        output = of_query_heads(latent_output, self.v_up.transpose(1, 2))
+        return output.flatten(1)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         """vLLM's spec of this layer, with latents in place of heads, and their sizes."""
@@ -83,14 +82,6 @@ class LatentAttention(Attention):
         return replace(
             spec, num_kv_heads=groups, head_size=k_size, head_size_v=v_size, dtype=torch.uint8
         )
-
-
-def latents(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """x [tokens, groups, g * d] in the rows of down [groups, rank, g * d]: [tokens, groups, rank].
-
-    Contiguous: vLLM's CUDA kernels that store keys assume so of heads within a token.
-    """
-    return per_head(x[:, :, None], down.transpose(1, 2)).squeeze(2).contiguous()
 
 
 def make_latent(layer: Attention, projection: KVProjection) -> None:
@@ -116,7 +107,8 @@ def make_latent(layer: Attention, projection: KVProjection) -> None:
         )
         return
     _refuse_ranks(layer, projection)
-    layer.impl = LatentImpl(
+    on_cpu = layer.attn_backend.get_name() == CPU_BACKEND
+    layer.impl = (ProjectingImpl if on_cpu else LatentImpl)(
         num_heads=layer.num_heads,
         head_size=layer.head_size,
         scale=layer.impl.scale,
@@ -166,7 +158,7 @@ def _refuse_unsupported(layer: Attention) -> None:
 
 
 def _refuse_ranks(layer: Attention, projection: KVProjection) -> None:
-    on_cpu = layer.attn_backend.get_name() == "CPU_ATTN"
+    on_cpu = layer.attn_backend.get_name() == CPU_BACKEND
     ranks = (projection.k_rank, projection.v_rank)
     if not on_cpu and not projection.k_tiers and any(rank % CUDA_RANK_MULTIPLE for rank in ranks):
         raise UnsupportedModelError(

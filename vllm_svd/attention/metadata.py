@@ -52,6 +52,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
             seq_lens=common_attn_metadata.seq_lens,
             block_table=common_attn_metadata.block_table_tensor,
             num_tokens=common_attn_metadata.num_actual_tokens,
+            max_query_len=common_attn_metadata.max_query_len,
         )
 
     def build_for_cudagraph_capture(

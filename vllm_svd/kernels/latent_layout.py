@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,13 +33,14 @@ class LatentLayout:
     """A slot is [z_k | z_v] in the cache's dtype; with tiers it is bytes:
 
     [codes of the key's tiers | those of the value's | one scale per tier, in the same order].
-    Told from others by its identity, since kernels keep what they derive of each layer's.
+    Each layer has its own: kernels keep in `memo`, by their name, what they derive for it.
     """
 
     k_rank: int
     v_rank: int
     k_tiers: tuple[Tier, ...] = ()
     v_tiers: tuple[Tier, ...] = ()
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, projection: KVProjection) -> "LatentLayout":

@@ -4,7 +4,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -28,10 +28,11 @@ class PagedBatch:
     """[requests, blocks] int32."""
     num_tokens: int
     """Query tokens of this step; further rows of the query are padding."""
+    max_query_len: int
+    """Query tokens of any request, at most."""
 
 
-@dataclass(frozen=True)
-class Rope:
+class Rope(NamedTuple):
     """The model's own table cos_sin [positions, rotary_dim] (cosines, then sines) and pairing.
 
     NeoX style rotates channel i with i + rotary_dim / 2, the other style 2i with 2i + 1; channels

@@ -27,10 +27,24 @@ def emulated(x: torch.Tensor) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., n] times weight [m, n], plus bias [m], in the dtype of x."""
-    # A graph is compiled once for any number of rows: it widens.
-    few = not torch.compiler.is_compiling() and x.numel() < FEW_ROWS * x.shape[-1]
-    if few or not emulated(x):
+    if not emulated(x):
         return F.linear(x, weight, bias)
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    if torch.compiler.is_compiling():  # a graph is compiled once for any number of rows
+        return torch.cond(x.shape[0] < FEW_ROWS, _as_it_is, _in_fp32, operands)
+    few = x.numel() < FEW_ROWS * x.shape[-1]
+    return _as_it_is(*operands) if few else _in_fp32(*operands)
+
+
+def _as_it_is(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _in_fp32(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     wide = x.float()
     step = max(1, TILE_ELEMENTS // weight.shape[1])
     tiles = [F.linear(wide, tile.float()) for tile in torch.split(weight, step)]
@@ -57,3 +71,19 @@ def per_head(x: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
     else:
         y = torch.bmm(flat, bases)
     return y.view(heads, tokens, rows, bases.shape[-1]).transpose(0, 1)
+
+
+def of_query_heads(x: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
+    """x [..., heads, n] times the bases [KV heads, n, m] of their KV heads: [..., heads, m]."""
+    heads, width = x.shape[-2:]
+    by_kv_head = x.reshape(-1, len(bases), heads // len(bases), width)
+    return per_head(by_kv_head, bases).reshape(*x.shape[:-1], bases.shape[-1])
+
+
+def project(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """x [tokens, groups * g, d] in the rows of down [groups, rank, g * d]: [tokens, groups, rank].
+
+    Contiguous: vLLM's CUDA kernels that store keys assume so of heads within a token.
+    """
+    by_group = x.reshape(len(x), len(down), 1, -1)
+    return per_head(by_group, down.transpose(1, 2)).squeeze(2).contiguous()

@@ -72,7 +72,7 @@ class LatentKVMethod(BaseKVCacheMethod):
         if not isinstance(layer.impl, LatentImpl):
             return
         latent_attention.prepare(layer.k_down.device)
-        latent_store.prepare(layer.k_down.device, layer.impl.layout)
+        latent_store.prepare(layer.k_down.device)
         if layer.impl.needs_rotary:
             raise UnsupportedModelError(
                 f"{layer.layer_name}: the model's rotary embedding was not found beside it",

@@ -5,6 +5,7 @@ import torch
 from vllm_svd.kernels.latent_attention import compiled, cpu
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
+from vllm_svd.kernels.products import of_query_heads
 
 
 def prepare(device: torch.device) -> None:
@@ -32,28 +33,45 @@ def attend(
     k_up: torch.Tensor | None,
     rope: Rope | None,
     sliding_window: int | None,
+    v_up: torch.Tensor | None = None,
 ) -> None:
     """Write softmax(scale * Q K^T) Z_v to output [tokens, heads, v_rank].
 
     kv_cache [blocks, groups, block size, layout.width] holds z_k and z_v as `layout` says; each
-    group is read by as many query heads. Without `rope` the keys are z_k and query is [tokens,
-    heads, k_rank]; with it (and k_up [KV heads, d, k_rank], KV heads a multiple of groups) they are
-    RoPE(k_up z_k) at each token's position and query, already rotated, is [.., d].
+    group is read by as many query heads. With `rope` the keys are RoPE(k_up z_k) at each token's
+    position (k_up [KV heads, d, k_rank], KV heads a multiple of groups) and query [tokens, heads,
+    d] is already rotated. Without, the keys are z_k, and query is [.., k_rank], or with k_up
+    [.., d] and multiplied by it. With v_up [KV heads, d, v_rank] so is the output, [.., d].
     """
-    if query.is_cuda:
-        from vllm_svd.kernels.latent_attention import triton
+    if not query.is_cuda:
+        cpu.attend(
+            query,
+            kv_cache,
+            batch,
+            output,
+            scale=scale,
+            layout=layout,
+            k_up=k_up,
+            v_up=v_up,
+            rope=rope,
+            sliding_window=sliding_window,
+        )
+        return
+    from vllm_svd.kernels.latent_attention import triton
 
-        run = triton.attend
-    else:
-        run = cpu.attend
-    run(
+    if k_up is not None and rope is None:
+        query, k_up = of_query_heads(query, k_up), None
+    mixed = output if v_up is None else output.new_empty(*output.shape[:2], layout.v_rank)
+    triton.attend(
         query,
         kv_cache,
         batch,
-        output,
+        mixed,
         scale=scale,
         layout=layout,
         k_up=k_up,
         rope=rope,
         sliding_window=sliding_window,
     )
+    if v_up is not None:
+        output.copy_(of_query_heads(mixed, v_up.transpose(1, 2)))

@@ -6,13 +6,13 @@ requests of equal query length together.
 """
 
 from collections import defaultdict
-from itertools import pairwise
 
 import torch
 
 from vllm_svd.kernels.latent_attention import compiled
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope, once_per_batch
+from vllm_svd.kernels.products import of_query_heads
 
 # Rebuilt keys and scores of one tile should stay in the last-level cache.
 TILE_BYTES = 4 << 20
@@ -31,23 +31,24 @@ def attend(
     k_up: torch.Tensor | None,
     rope: Rope | None,
     sliding_window: int | None,
+    v_up: torch.Tensor | None = None,
 ) -> None:
     """See vllm_svd.kernels.latent_attention."""
     few, many = _split(batch)
-    if not compiled.usable(query, kv_cache, k_up, rope):
-        many += few.requests
-    elif few.requests:
-        compiled.attend(
-            query,
-            kv_cache,
-            few,
-            output,
-            scale=scale,
-            layout=layout,
-            k_up=k_up,
-            rope=rope,
-            sliding_window=sliding_window,
-        )
+    served = few is not None and compiled.attend(
+        query,
+        kv_cache,
+        few,
+        output,
+        scale=scale,
+        layout=layout,
+        k_up=k_up,
+        v_up=v_up,
+        rope=rope,
+        sliding_window=sliding_window,
+    )
+    if not served:
+        many = _longer_than(0, batch)
     if not many:
         return
     starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
@@ -60,8 +61,11 @@ def attend(
         requests.sort(key=lambda request: -lengths[request])
         rows = torch.tensor([starts[request] for request in requests])
         rows = rows[:, None] + torch.arange(query_length)
-        output[rows] = _attend_equal_queries(
-            query[rows].float() * scale,
+        queries = query[rows].float() * scale
+        if k_up is not None and rope is None:
+            queries = of_query_heads(queries, k_up.float())
+        result = _attend_equal_queries(
+            queries,
             kv_cache,
             batch.block_table[requests],
             [lengths[request] for request in requests],
@@ -69,17 +73,28 @@ def attend(
             up,
             rope,
             sliding_window,
-        ).to(output.dtype)
+        )
+        if v_up is not None:
+            result = of_query_heads(result, v_up.float().transpose(1, 2))
+        output[rows] = result.to(output.dtype)
 
 
 @once_per_batch
-def _split(batch: PagedBatch) -> tuple[compiled.FewTokens, tuple[int, ...]]:
+def _split(batch: PagedBatch) -> tuple[compiled.FewTokens | None, list[int]]:
     """Requests of a few query tokens, and of many."""
-    starts = batch.query_start_loc.tolist()
-    tokens = [after - before for before, after in pairwise(starts)]
-    few = tuple(request for request, count in enumerate(tokens) if 0 < count <= FEW_TOKENS)
-    many = tuple(request for request, count in enumerate(tokens) if count > FEW_TOKENS)
-    return compiled.FewTokens.of(batch, few), many
+    if batch.max_query_len <= FEW_TOKENS:
+        return compiled.FewTokens.of(batch, batch.max_query_len), []
+    many = _longer_than(FEW_TOKENS, batch)
+    few = sorted({*_longer_than(0, batch)} - {*many})
+    if not few:
+        return None, many
+    return compiled.FewTokens.of(batch, FEW_TOKENS, torch.tensor(few)), many
+
+
+def _longer_than(tokens: int, batch: PagedBatch) -> list[int]:
+    """Requests of more query tokens than this."""
+    counts = batch.query_start_loc.diff().tolist()
+    return [request for request, count in enumerate(counts) if count > tokens]
 
 
 def _attend_equal_queries(

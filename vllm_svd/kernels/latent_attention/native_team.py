@@ -9,23 +9,6 @@ import math
 import numpy as np
 from numba import carray, cfunc, types
 
-from vllm_svd.kernels.latent_attention.native import (
-    FIELDS,
-    ITEMS_PER_THREAD,
-    LANES,
-    PLAN_COLUMNS,
-    TIERS,
-    TILE,
-)
-from vllm_svd.kernels.latent_attention.native_memory import (
-    compiled,
-    count_up,
-    decode,
-    floats,
-    ints,
-    widen,
-    words,
-)
 from vllm_svd.kernels.latent_attention.native_tiles import (
     add_product,
     channel,
@@ -36,8 +19,29 @@ from vllm_svd.kernels.latent_attention.native_tiles import (
     rebuild,
     transpose,
 )
+from vllm_svd.kernels.latent_attention.team import (
+    FIELDS,
+    ITEMS_PER_THREAD,
+    LANES,
+    PLAN_COLUMNS,
+    TILE,
+)
+from vllm_svd.kernels.native import TIERS
+from vllm_svd.kernels.native.codec import decode
+from vllm_svd.kernels.native.memory import (
+    address,
+    compiled,
+    count_up,
+    floats,
+    ints,
+    narrow,
+    widen,
+    words,
+)
+from vllm_svd.kernels.native.products import times, times_rows
 
-CALL = np.dtype([("scale", np.float64)] + [(name, np.int64) for name in FIELDS[1:]])
+ARGUMENTS = np.dtype([("scale", np.float64)] + [(name, np.int64) for name in FIELDS[1:]])
+COUNTS = 8 * len(FIELDS)
 
 
 @compiled
@@ -51,7 +55,7 @@ def _plan(c, base):
     starts, lengths = words(c.query_start_loc), words(c.seq_lens)
     total = 0
     for i in range(c.num_requests):
-        row, request = ints(base + 8 * PLAN_COLUMNS * i), chosen[i]
+        row, request = ints(base + 8 * PLAN_COLUMNS * i), chosen[i] if c.requests else i
         first, length = np.int64(starts[request]), np.int64(lengths[request])
         tokens = np.int64(starts[request + 1]) - first
         row[0], row[1], row[2] = first, tokens, length
@@ -76,8 +80,8 @@ def _load_up(c, head, base):
         for lane in range(LANES):
             i = channel(first + lane, c.rotary_dim, c.is_neox)
             if i < c.width:
-                address = c.up + head * c.up_stride_0 + i * c.up_stride_1
-                widen(c.up_kind, address, rank, base + c.s_row + 4 * lane * rank)
+                address = c.k_up + head * c.k_up_stride_0 + i * c.k_up_stride_1
+                widen(c.k_up_kind, address, rank, base + c.s_row + 4 * lane * rank)
             else:
                 fill(base + c.s_row + 4 * lane * rank, rank, 0)
         transpose(base + c.s_row, rank, base + c.s_up + 4 * first * rank)
@@ -85,17 +89,30 @@ def _load_up(c, head, base):
 
 @compiled
 def _load_query(c, head, first_row, tokens, base):
+    """Scaled; for rebuilt keys in the order of `channel`, else in the latents' space."""
     row, scale = floats(base + c.s_row), np.float32(c.scale)
+    basis, spare = c.k_up + head * c.k_up_stride_0, base + c.s_spare
     for token in range(tokens):
         for member in range(c.group):
-            target = floats(base + c.s_query + 4 * c.key_width * (token * c.group + member))
+            place = base + c.s_query + 4 * c.key_width * (token * c.group + member)
+            target = floats(place)
             address = c.query + (first_row + token) * c.query_stride_0
             address += (head * c.group + member) * c.query_stride_1
             widen(c.query_kind, address, c.width, base + c.s_row)
+            if c.rebuilt:
+                for i in range(c.width):
+                    target[i] = row[channel(i, c.rotary_dim, c.is_neox)] * scale
+                for i in range(c.width, c.key_width):
+                    target[i] = 0
+                continue
             for i in range(c.width):
-                target[i] = row[channel(i, c.rotary_dim, c.is_neox)] * scale
-            for i in range(c.width, c.key_width):
-                target[i] = 0
+                row[i] *= scale
+            if c.k_up != 0:
+                kind, stride = c.k_up_kind, c.k_up_stride_1
+                times_rows(base + c.s_row, basis, kind, stride, c.width, c.k_rank, place, spare)
+            else:
+                for i in range(c.k_rank):
+                    target[i] = row[i]
 
 
 @compiled
@@ -141,8 +158,7 @@ def _rebuild_keys(c, first, count, base):
 def _attend_tile(c, token, first, last, base):
     """Online softmax over tokens `first` to `last` of the tile for the heads of a query token."""
     highest, total = floats(base + c.s_highest), floats(base + c.s_total)
-    rebuilt = c.up != 0
-    keys = base + (c.s_keys if rebuilt else c.s_k)
+    keys = base + (c.s_keys if c.rebuilt else c.s_k)
     row = token * c.group
     weights = base + c.s_weights
     for r in range(row, row + c.group):
@@ -171,15 +187,14 @@ def _combine(c, head, request, per_head, base):
     of = ints(base + 8 * PLAN_COLUMNS * request)
     first, parts = head * per_head + of[4], of[5]
     stride = 4 * c.max_rows * (c.v_rank + 2)
+    result, spare = base + c.s_mixed, base + c.s_spare
+    whole = floats(result)
     for row in range(of[1] * c.group):
-        start = c.partial + first * stride + 4 * row * (c.v_rank + 2)
+        start = c.scratch + first * stride + 4 * row * (c.v_rank + 2)
         highest = np.float32(-np.inf)
         for part in range(parts):
             highest = max(highest, floats(start + part * stride)[0])
-        address = c.output + (of[0] + row // c.group) * c.output_stride_0
-        address += 4 * c.v_rank * (head * c.group + row % c.group)
-        output = floats(address)
-        fill(address, c.v_rank, 0)
+        fill(result, c.v_rank, 0)
         total = np.float32(0)
         for part in range(parts):
             state = floats(start + part * stride)
@@ -187,13 +202,21 @@ def _combine(c, head, request, per_head, base):
             weight = np.float32(math.exp2(state[0] - highest))
             total += weight * state[1]
             for i in range(c.v_rank):
-                output[i] += weight * mixed[i]
+                whole[i] += weight * mixed[i]
         for i in range(c.v_rank):
-            output[i] /= total
+            whole[i] /= total
+        output = c.output + (of[0] + row // c.group) * c.output_stride_0
+        output += (head * c.group + row % c.group) * c.output_stride_1
+        if c.v_up != 0:
+            basis, y = c.v_up + head * c.v_up_stride_0, base + c.s_row
+            times(basis, c.v_up_kind, c.v_up_stride_1, c.v_width, c.v_rank, result, y, spare)
+            narrow(c.output_kind, y, c.v_width, output)
+        else:
+            narrow(c.output_kind, result, c.v_rank, output)
 
 
 @compiled
-def _run_item(c, item, head, request, per_head, part, base):
+def _run_item(c, counts, item, head, request, per_head, part, base):
     of = ints(base + 8 * PLAN_COLUMNS * request)
     tokens, length = of[1], of[2]
     _load_query(c, head, of[0], tokens, base)
@@ -208,7 +231,7 @@ def _run_item(c, item, head, request, per_head, part, base):
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
         _load_latents(c, c.tables + of[6] * c.table_stride, head // c.shared, first, count, base)
-        if c.up != 0:
+        if c.rebuilt:
             _rebuild_keys(c, first, count, base)
         for token in range(tokens):
             position = length - tokens + token
@@ -217,34 +240,36 @@ def _run_item(c, item, head, request, per_head, part, base):
             if seen < beyond:
                 _attend_tile(c, token, seen, beyond, base)
     for row in range(rows):
-        start = c.partial + 4 * (c.v_rank + 2) * (item * c.max_rows + row)
+        start = c.scratch + 4 * (c.v_rank + 2) * (item * c.max_rows + row)
         state, kept = floats(start), floats(start + 8)
         state[0], state[1] = highest[row], total[row]
         for i in range(c.v_rank):
             kept[i] = mixed[row * c.v_rank + i]
-    finished = c.finished + 8 * (head * c.num_requests + request)
+    finished = counts + 8 * (2 + head * c.num_requests + request)
     if count_up(finished) == of[5] - 1:
         _combine(c, head, request, per_head, base)
 
 
 @compiled
-def _run(c):
-    base = c.scratch + count_up(c.threads) * c.scratch_stride
+def _run(c, counts):
+    threads, begun = counts, counts + 8
+    base = c.scratch + c.threads_scratch + count_up(threads) * c.scratch_stride
     per_head, part = _plan(c, base)
-    loaded, item = -1, count_up(c.begun)
+    loaded, item = -1, count_up(begun)
     while item < c.kv_heads * per_head:
         head, at = divmod(item, per_head)
         request = 0
         while at >= ints(base + 8 * PLAN_COLUMNS * (request + 1))[4]:
             request += 1
-        if c.up != 0 and head != loaded:
+        if c.rebuilt and head != loaded:
             _load_up(c, head, base)
             loaded = head
-        _run_item(c, item, head, request, per_head, part, base)
-        item = count_up(c.begun)
+        _run_item(c, counts, item, head, request, per_head, part, base)
+        item = count_up(begun)
 
 
 @cfunc(types.void(types.voidptr), fastmath=False, error_model="numpy")
 def team(arguments):
-    """What every thread of the team runs; `arguments` is the address of a CALL."""
-    _run(carray(arguments, (1,), dtype=CALL)[0])
+    """What every thread of the team runs; `arguments` are ARGUMENTS, then counters."""
+    counts = address(arguments) + COUNTS
+    _run(carray(arguments, (1,), dtype=ARGUMENTS)[0], counts)

@@ -9,8 +9,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from vllm_svd.kernels.latent_attention.native import AHEAD, LANES, ROWS
-from vllm_svd.kernels.latent_attention.native_memory import compiled, floats, words
+from vllm_svd.kernels.latent_attention.team import AHEAD, LANES, ROWS
+from vllm_svd.kernels.native.memory import compiled, floats, words
 
 
 @compiled

@@ -33,11 +33,13 @@ def attend(
     k_up: torch.Tensor | None,
     rope: Rope | None,
     sliding_window: int | None,
+    v_up: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> None:
     """See vllm_svd.kernels.latent_attention."""
     size, groups = kv_cache.shape[2], kv_cache.shape[1]
-    kv_heads = groups if k_up is None else k_up.shape[0]
+    up = v_up if k_up is None else k_up
+    kv_heads = groups if up is None else up.shape[0]
     group = query.shape[1] // kv_heads
     starts = batch.query_start_loc.tolist()
     for request, length in enumerate(batch.seq_lens.tolist()):
@@ -50,8 +52,12 @@ def attend(
             slots = kv_cache[blocks, :, positions % size]  # [keys, groups, width]
             by_head = slots.transpose(0, 1).repeat_interleave(kv_heads // groups, 0)
             keys, values = layout.read(by_head, dtype)
-            if rope is not None and k_up is not None:
+            if k_up is not None and rope is not None:
                 keys = rotate(keys @ k_up.to(dtype).transpose(1, 2), rope, positions)
             queries = query[token].to(dtype).view(kv_heads, group, -1)
-            weights = (scale * queries @ keys.transpose(1, 2)).softmax(dim=-1)
-            output[token] = (weights @ values).reshape(kv_heads * group, -1).to(output.dtype)
+            if k_up is not None and rope is None:
+                queries = queries @ k_up.to(dtype)
+            mixed = (scale * queries @ keys.transpose(1, 2)).softmax(dim=-1) @ values
+            if v_up is not None:
+                mixed = mixed @ v_up.to(dtype).transpose(1, 2)
+            output[token] = mixed.reshape(kv_heads * group, -1).to(output.dtype)

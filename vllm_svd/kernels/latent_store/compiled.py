@@ -1,23 +1,48 @@
-"""latent_store of tiers on a CPU, in machine code: in torch the many small operations of the codec
-would cost a decode step more than attention does.
+"""latent_store on a CPU in machine code, for few tokens with the projection before it.
 
-numba compiles it at the first call, in seconds, for this process alone.
+In torch the many small operations of the codec would cost a decode step more than attention does,
+and those of the projections of one token more than its arithmetic.
 """
 
 import functools
-from typing import Any
+import struct
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from vllm_svd import codec
 from vllm_svd.format import STORES
+from vllm_svd.kernels import native
 from vllm_svd.kernels.latent_layout import LatentLayout
+from vllm_svd.kernels.native import KINDS, lines
+from vllm_svd.kernels.products import project
+
+# Arguments of the machine code: of a step, which begin with counters of threads and items, and of
+# a layer with the scratch of a thread.
+_STEP = """
+threads begun tokens slots key value scratch
+"""
+_LAYER = """
+kind key_stride_0 key_stride_1 value_stride_0 value_stride_1
+cache cache_kind cache_item cache_stride_0 cache_stride_1 cache_stride_2 block_size groups
+k_rank v_rank width k_down v_down down_kind down_item
+k_runs k_num_runs v_runs v_num_runs bounds scales largest tried
+scratch_stride s_latent s_row s_spare
+"""
+STEP, LAYER = (tuple(names.split()) for names in (_STEP, _LAYER))
+FIELDS = (*STEP, *LAYER)
+_pack_step = struct.Struct(f"{len(STEP)}q").pack
+# Multiplications of a step's projections up to which operators cost more than BLAS gains.
+FEW_PRODUCTS = 1 << 20
+# Channels of latents below which a second thread costs more than it takes over.
+FEW_CHANNELS = 1 << 10
 
 
 def warm_up() -> None:
-    """Compile now."""
-    _machine_code()
+    """Compile now, so that the first request need not wait; nothing where numba is missing."""
+    if native.is_there():
+        _machine_code()
 
 
 def store(
@@ -26,28 +51,106 @@ def store(
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     layout: LatentLayout,
-) -> None:
-    """See vllm_svd.kernels.latent_store; bytes are those of the codec."""
-    tokens = slot_mapping.shape[0]
-    bounds, scales, largest, tried = _tables()
-    slots, cache = slot_mapping.to(torch.int64).numpy(), kv_cache.numpy()
-    for latent, runs in zip((key, value), layout.run_numbers, strict=True):
-        rows = latent[:tokens].float().contiguous().numpy()
-        _machine_code()(rows, slots, cache, runs, bounds, scales, largest, tried)
+    down: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> bool:
+    """See vllm_svd.kernels.latent_store; bytes of tiers are those of the codec.
+
+    False, and nothing written, where numba is missing or a dtype is not known. Python's own time
+    counts here: a step of one request does this for every layer.
+    """
+    tokens = len(slot_mapping)
+    if down is not None and tokens * (down[0].numel() + down[1].numel()) > FEW_PRODUCTS:
+        key, value, down = project(key, down[0]), project(value, down[1]), None
+    place = (
+        *(key.dtype, key.stride(), value.stride(), kv_cache.data_ptr(), kv_cache.stride()),
+        *(() if down is None else (down[0].data_ptr(), down[1].data_ptr())),
+    )
+    layer: Layer | None = layout.memo.get("store")
+    if layer is None or layer.place != place:
+        if not usable(key, kv_cache, down):
+            return False
+        layer = layout.memo["store"] = _layer(place, key, value, kv_cache, layout, down)
+    slots = slot_mapping if slot_mapping.dtype == torch.int64 else slot_mapping.long()
+    threads = 1 if tokens * layer.channels <= FEW_CHANNELS else torch.get_num_threads()
+    scratch = native.scratch(threads * layer.of_thread)
+    step = _pack_step(0, 0, tokens, slots.data_ptr(), key.data_ptr(), value.data_ptr(), scratch)
+    native.run(_machine_code(), step + layer.packed, threads)
+    return True
+
+
+def usable(
+    key: torch.Tensor, kv_cache: torch.Tensor, down: tuple[torch.Tensor, torch.Tensor] | None
+) -> bool:
+    """Whether numba is there and these dtypes are known."""
+    known = key.dtype in KINDS and (kv_cache.dtype in KINDS or kv_cache.dtype == torch.uint8)
+    return known and (down is None or down[0].dtype in KINDS) and native.is_there()
+
+
+class Layer(NamedTuple):
+    """What stays from step to step, as long as the layer's tensors lie at one place."""
+
+    place: tuple[Any, ...]
+    packed: bytes
+    channels: int
+    of_thread: int
+
+
+def _layer(
+    place: tuple[Any, ...],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    layout: LatentLayout,
+    down: tuple[torch.Tensor, torch.Tensor] | None,
+) -> Layer:
+    """Pack the arguments LAYER."""
+    bases = {} if down is None else {"k_down": down[0], "v_down": down[1]}
+    if kv_cache.stride(-1) != 1 or not all(basis.is_contiguous() for basis in bases.values()):
+        raise ValueError("latent_store on a CPU needs contiguous bases and slots")
+    _, groups, block_size, _ = kv_cache.shape
+    item, shared = key.element_size(), key.shape[1] // groups
+    if any(x.stride(2) != 1 or (shared > 1 and x.stride(1) != x.shape[2]) for x in (key, value)):
+        raise ValueError("latent_store on a CPU needs the heads of a group one after the other")
+    longest, width = max(layout.k_rank, layout.v_rank), 0 if down is None else down[0].shape[2]
+    s_row = lines(4 * longest)
+    s_spare = s_row + lines(4 * width)
+    end = s_spare + lines(4 * max(longest, width))
+    arguments = {
+        **{"key_stride_0": key.stride(0) * item, "value_stride_0": value.stride(0) * item},
+        "key_stride_1": key.stride(1) * item * shared,
+        "value_stride_1": value.stride(1) * item * shared,
+        **native.strided("cache", kv_cache),
+        **{"kind": KINDS[key.dtype], "block_size": block_size, "groups": groups},
+        **{"k_rank": layout.k_rank, "v_rank": layout.v_rank, "width": width},
+        **{"scratch_stride": end, "s_latent": 0, "s_row": s_row, "s_spare": s_spare},
+        **{name: basis.data_ptr() for name, basis in bases.items()},
+    }
+    if down is not None:
+        arguments |= native.strided("down", down[0])
+    if layout.quantised:
+        keys, values = layout.run_numbers
+        arguments |= {
+            **{"k_runs": keys.ctypes.data, "k_num_runs": len(keys)},
+            **{"v_runs": values.ctypes.data, "v_num_runs": len(values)},
+            **{name: table.ctypes.data for name, table in _tables().items()},
+        }
+    return Layer(
+        place, native.packed(LAYER, arguments), groups * (layout.k_rank + layout.v_rank), end
+    )
 
 
 @functools.cache
-def _tables() -> tuple[Any, Any, Any, Any]:
-    bounds = codec.bounds().numpy()
-    scales = codec.scales().numpy()
-    largest = np.array([codec.LARGEST[store] for store in STORES], dtype=np.float32)
-    return bounds, scales, largest, np.array([codec.TRIED[store] for store in STORES])
+def _tables() -> dict[str, Any]:
+    return {
+        "bounds": codec.bounds().numpy(),
+        "scales": codec.scales().numpy(),
+        "largest": np.array([codec.LARGEST[store] for store in STORES], dtype=np.float32),
+        "tried": np.array([codec.TRIED[store] for store in STORES], dtype=np.int64),
+    }
 
 
 @functools.cache
 def _machine_code() -> Any:
-    from vllm_svd.kernels.latent_attention import native
-    from vllm_svd.kernels.latent_store import native_codec
+    from vllm_svd.kernels.latent_store import native_store
 
-    native.keep_namespaces_plain()
-    return native_codec.encode
+    return native.c_function(native_store.store)

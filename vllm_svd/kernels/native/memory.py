@@ -1,4 +1,4 @@
-"""Machine code of the compiled decode path: how memory is read.
+"""How machine code reads and writes memory.
 
 Importing this imports numba and compiles nothing. Arrays are bare addresses: no reference counts,
 no checks, no wrapping of negative indices in the inner loops. Their rows are contiguous fp32.
@@ -11,18 +11,16 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from vllm_svd.format import STORES
-from vllm_svd.kernels.latent_attention.native import KINDS
+from vllm_svd.kernels.native import KINDS
 
 FLOAT32, BFLOAT16 = KINDS[torch.float32], KINDS[torch.bfloat16]
-FP8, INT8, INT4 = (STORES.index(store) for store in ("fp8_e4m3", "int8", "int4"))
 HUGE = 1 << 40
 # Sums in any order, fused; but infinities and NaN must stay what they are.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
 def compiled(function):
-    """For calls from `team` alone, into which all of this is inlined."""
+    """For calls from kernels alone, into which all of this is inlined."""
     return njit(fastmath=FAST, error_model="numpy", nogil=True)(function)
 
 
@@ -34,6 +32,16 @@ def pointer(typingctx, address):  # noqa: ARG001
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def address(typingctx, pointer):  # noqa: ARG001
+    """A pointer as an address."""
+
+    def generate(context, builder, signature, arguments):  # noqa: ARG001
+        return builder.ptrtoint(arguments[0], ir.IntType(64))
+
+    return types.int64(types.voidptr), generate
 
 
 @intrinsic
@@ -102,26 +110,27 @@ def widen(kind, source, count, target):
 
 
 @compiled
-def decode(slot, runs, num_runs, scale_table, fp8_table, target):
-    """Floats of the latent of one slot, as codec.decode."""
-    scales, levels, entries = floats(scale_table), floats(fp8_table), octets(slot)
-    for run in range(num_runs):
-        of = ints(runs + 40 * run)
-        kind, count = of[0], of[2]
-        codes, out = octets(slot + of[3]), floats(target + 4 * of[1])
-        scale = scales[np.int64(entries[of[4]])]
-        if kind == FP8:
-            for i in range(count):
-                out[i] = levels[np.int64(codes[i])] * scale
-        elif kind == INT8:
-            for i in range(count):
-                out[i] = np.float32(np.int8(codes[i])) * scale
+def narrow(kind, source, count, target):
+    """A contiguous row of floats, each rounded to the nearest of its kind, ties to even."""
+    if kind == FLOAT32:
+        read, out = floats(source), floats(target)
+        for i in range(count):
+            out[i] = read[i]
+        return
+    bits, half = words(source), halves(target)
+    if kind == BFLOAT16:
+        for i in range(count):
+            code = np.int64(bits[i])
+            rounded = (code + 0x7FFF + ((code >> 16) & 1)) >> 16
+            half[i] = 0x7FC0 if code & 0x7FFFFFFF > 0x7F800000 else rounded
+        return
+    for i in range(count):
+        code = np.int64(bits[i])
+        size, sign = code & 0x7FFFFFFF, (code >> 16) & 0x8000
+        if size >= 0x47800000:  # 2^16 and all that is larger, or not a number
+            rounded = 0x7E00 if size > 0x7F800000 else 0x7C00
+        elif size < 0x38800000:  # 2^-14: multiples of 2^-24 from here down
+            rounded = np.int64(np.rint(abs(floats(source)[i]) * np.float32(2.0**24)))
         else:
-            bits, middle = (4, np.float32(7.5)) if kind == INT4 else (2, np.float32(1.5))
-            count = count * bits // 8
-            for part in range(8 // bits):
-                out = floats(target + 4 * (of[1] + part * count))
-                shift, mask = np.uint8(part * bits), np.uint8((1 << bits) - 1)
-                for i in range(count):
-                    code = np.int32((codes[i] >> shift) & mask)
-                    out[i] = (np.float32(code) - middle) * scale
+            rounded = (size - 0x38000000 + 0xFFF + ((size >> 13) & 1)) >> 13
+        half[i] = rounded | sign

@@ -1,0 +1,48 @@
+"""Arguments and sizes that the compiled decode path and its caller share."""
+
+import functools
+import struct
+from typing import Any
+
+from vllm_svd.kernels import native
+
+TILE = 64  # tokens whose latents are decoded, and keys rebuilt, at a time
+AHEAD = 8  # tokens whose scores are computed at a time: rows that follow a tile's keys
+ROWS, LANES = 4, 16  # of a product whose sums stay in registers
+ITEMS_PER_THREAD = 4
+PLAN_COLUMNS = 7
+# All but the first are integers: addresses, sizes, strides in bytes; `s_` are offsets in the
+# scratch of a thread, of which the first begins at `threads_scratch`. Those of a call are followed
+# by those of the batch, of the layer and of the memory for both, which are packed once, and by
+# counters: of threads, of items begun, of the parts finished of each head and request.
+_CALL = """
+query output scratch
+"""
+_BATCH = """
+requests num_requests query_start_loc seq_lens tables table_stride
+"""
+_LAYER = """
+kv_heads least_part window block_size
+cache cache_kind cache_item cache_stride_0 cache_stride_1 cache_stride_2
+k_runs k_num_runs v_runs v_num_runs scale_table fp8_table
+query_kind query_stride_0 query_stride_1 output_kind output_stride_0 output_stride_1
+shared group width k_rank v_rank rebuilt
+k_up k_up_kind k_up_stride_0 k_up_stride_1
+v_up v_up_kind v_up_stride_0 v_up_stride_1 v_width
+cos_sin cos_sin_kind cos_sin_stride_0 rotary_dim is_neox
+"""
+_MEMORY = """
+max_rows num_threads threads_scratch scratch_stride key_width
+s_up s_query s_keys s_k s_v s_weights s_power s_mixed s_highest s_total s_row s_spare
+"""
+CALL, BATCH, LAYER, MEMORY = (tuple(names.split()) for names in (_CALL, _BATCH, _LAYER, _MEMORY))
+FIELDS = ("scale", *CALL, *BATCH, *LAYER, *MEMORY)
+pack_call = struct.Struct(f"d{len(CALL)}q").pack
+
+
+@functools.cache
+def team() -> Any:
+    """The compiled C function of the address of packed arguments; compiles it at first."""
+    from vllm_svd.kernels.latent_attention import native_team
+
+    return native.c_function(native_team.team)

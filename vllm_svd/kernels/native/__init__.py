@@ -1,0 +1,107 @@
+"""Machine code for CPUs, as Python sees it: how the compiled kernels are called, and by whom.
+
+numba compiles a kernel at its first call or when warmed up, once per process (some seconds each),
+for this CPU; nothing is cached on disk, where workers would share one directory that may be
+read-only. A kernel is a C function of the address of its arguments, eight bytes each; some of them
+are counters that its threads share. Importing this needs no numba.
+
+Its threads are torch's: torch's own OpenMP runtime is asked for a team. A second pool (numba's)
+would fight over the cores with torch's threads, which spin between operators, would inherit the
+one core to which vLLM binds the thread that starts it, and is either not safe to call from two
+threads (workqueue) or aborts in forked processes (omp). This is safe wherever torch itself is.
+"""
+
+import ctypes
+import functools
+import importlib
+import struct
+import threading
+from typing import Any
+
+import torch
+
+# Numbers by which the machine code knows dtypes and tiers.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TIERS = -1
+
+_memory = threading.local()
+
+
+@functools.cache
+def is_there() -> bool:
+    """Whether numba can be imported."""
+    try:
+        importlib.import_module("numba")
+    except ImportError:
+        return False
+    return True
+
+
+def c_function(compiled: Any) -> Any:
+    """A numba cfunc of one address, to be called from Python without the interpreter's lock."""
+    # Else other code could not read the `__dict__` of everything that loaded modules hold, as vLLM
+    # does when a further engine starts in a process: the library object of llvmlite, which has no
+    # `__dict__`, would make up a C function of that name.
+    from llvmlite.binding import ffi
+
+    known = getattr(ffi.lib, "_fntab", None)
+    if isinstance(known, dict):
+        known.setdefault("__dict__", {})
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+
+
+def run(function: Any, arguments: bytes, threads: int) -> None:
+    """Let a team of so many threads call the function, all with the same arguments.
+
+    These must be no one else's: counters among them change.
+    """
+    parallel = _openmp() if threads > 1 else None
+    if parallel is None:
+        function(arguments)
+    else:
+        parallel(function, arguments, threads, 0)
+
+
+@functools.cache
+def _openmp() -> Any:
+    """GOMP_parallel of the OpenMP runtime that torch is linked to; None where it is another ABI.
+
+    torch loads its runtime for all to see, so this is found as torch's own calls are, whatever is
+    preloaded (LLVM's and Intel's runtimes have this entry, too).
+    """
+    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if parallel is not None:
+        parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        parallel.restype = None
+    return parallel
+
+
+def scratch(size: int) -> int:
+    """Address of so many bytes, this thread's until its next call."""
+    memory: torch.Tensor | None = getattr(_memory, "tensor", None)
+    if memory is None or memory.numel() < size + 64:
+        memory = _memory.tensor = torch.zeros(size + 64, dtype=torch.uint8)
+        _memory.address = lines(memory.data_ptr())
+    return int(_memory.address)
+
+
+def lines(size: int) -> int:
+    """Bytes of whole cache lines that hold so many."""
+    return -(-size // 64) * 64
+
+
+def packed(names: tuple[str, ...], values: dict[str, int]) -> bytes:
+    """Integer arguments of these names; what is not given is zero."""
+    return struct.pack(f"{len(names)}q", *(values.get(name, 0) for name in names))
+
+
+def strided(name: str, tensor: torch.Tensor) -> dict[str, int]:
+    """Arguments of a tensor: its address, kind, bytes of an entry, and strides in bytes."""
+    item = tensor.element_size()
+    found = {
+        **{name: tensor.data_ptr(), f"{name}_item": item},
+        f"{name}_kind": KINDS.get(tensor.dtype, TIERS),
+    }
+    for dimension, stride in enumerate(tensor.stride()):
+        found[f"{name}_stride_{dimension}"] = stride * item
+    return found
