@@ -20,7 +20,7 @@ from vllm_svd.kernels.latent_attention.team import (
     TILE,
 )
 from vllm_svd.kernels.latent_layout import LatentLayout
-from vllm_svd.kernels.native import KINDS, lines, strided
+from vllm_svd.kernels.native import CHUNK, KINDS, lines, strided
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
 
 # Parts of fewer tokens cost more to start and to combine than they balance.
@@ -151,12 +151,14 @@ def _layer(
     kv_heads, rebuilt = groups if up is None else len(up), rope is not None
     v_width = 0 if v_up is None else v_up.shape[1]
     tiers, arrays = _tiers(layout)
+    memory = kv_cache.untyped_storage()
     arguments = {
         **{name: value for pair in given.items() for name, value in strided(*pair).items()},
         **tiers,
         **{"kv_heads": kv_heads, "group": heads // kv_heads, "shared": kv_heads // groups},
         **{"k_rank": layout.k_rank, "v_rank": layout.v_rank},
         **{"width": width, "v_width": v_width},
+        **{"cache_end": memory.data_ptr() + memory.nbytes(), "slot_width": layout.width},
         **{"block_size": block_size, "least_part": LEAST_PART},
         **{"window": sliding_window or UNLIMITED, "rebuilt": rebuilt, "is_neox": 1},
     }
@@ -201,8 +203,8 @@ def _work(sizes: Sizes, requests: int, most_tokens: int, threads: int) -> Work:
         "s_up": key_width * k_rank * rebuilt,
         "s_query": rows * key_width,
         "s_keys": (TILE + AHEAD) * key_width * rebuilt,
-        "s_k": (TILE + AHEAD) * k_rank,
-        "s_v": TILE * v_rank,
+        "s_k": (TILE + AHEAD) * k_rank + CHUNK,
+        "s_v": TILE * v_rank + CHUNK,
         "s_weights": rows * TILE + AHEAD,
         "s_power": TILE,
         "s_mixed": rows * v_rank,
@@ -210,6 +212,7 @@ def _work(sizes: Sizes, requests: int, most_tokens: int, threads: int) -> Work:
         "s_total": rows,
         "s_row": max(width, LANES * k_rank, v_width),
         "s_spare": max(k_rank, v_rank),
+        "s_slot": 2 * (k_rank + v_rank) + CHUNK,  # at most a byte and a scale of each channel
     }
     offsets, end = {}, 0
     for name, count in floats.items():

@@ -26,11 +26,12 @@ from vllm_svd.kernels.latent_attention.team import (
     PLAN_COLUMNS,
     TILE,
 )
-from vllm_svd.kernels.native import TIERS
+from vllm_svd.kernels.native import CHUNK, TIERS
 from vllm_svd.kernels.native.codec import decode
 from vllm_svd.kernels.native.memory import (
     address,
     compiled,
+    copy,
     count_up,
     floats,
     ints,
@@ -128,8 +129,12 @@ def _load_latents(c, table, group, first, count, base):
         here = min(count - done, c.block_size - slot)
         for _ in range(here):
             if kind == TIERS:
-                decode(address, c.k_runs, c.k_num_runs, c.scale_table, c.fp8_table, keys)
-                decode(address, c.v_runs, c.v_num_runs, c.scale_table, c.fp8_table, values)
+                entries = address
+                if address + c.slot_width + CHUNK > c.cache_end:
+                    entries = base + c.s_slot
+                    copy(address, c.slot_width, entries)
+                decode(entries, c.k_runs, c.k_num_runs, c.scale_table, c.fp8_table, keys)
+                decode(entries, c.v_runs, c.v_num_runs, c.scale_table, c.fp8_table, values)
             else:
                 widen(kind, address, k_rank, keys)
                 widen(kind, address + k_bytes, v_rank, values)

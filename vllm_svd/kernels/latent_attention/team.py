@@ -23,7 +23,7 @@ requests num_requests query_start_loc seq_lens tables table_stride
 """
 _LAYER = """
 kv_heads least_part window block_size
-cache cache_kind cache_item cache_stride_0 cache_stride_1 cache_stride_2
+cache cache_kind cache_item cache_stride_0 cache_stride_1 cache_stride_2 cache_end slot_width
 k_runs k_num_runs v_runs v_num_runs scale_table fp8_table
 query_kind query_stride_0 query_stride_1 output_kind output_stride_0 output_stride_1
 shared group width k_rank v_rank rebuilt
@@ -33,7 +33,7 @@ cos_sin cos_sin_kind cos_sin_stride_0 rotary_dim is_neox
 """
 _MEMORY = """
 max_rows num_threads threads_scratch scratch_stride key_width
-s_up s_query s_keys s_k s_v s_weights s_power s_mixed s_highest s_total s_row s_spare
+s_up s_query s_keys s_k s_v s_weights s_power s_mixed s_highest s_total s_row s_spare s_slot
 """
 CALL, BATCH, LAYER, MEMORY = (tuple(names.split()) for names in (_CALL, _BATCH, _LAYER, _MEMORY))
 FIELDS = ("scale", *CALL, *BATCH, *LAYER, *MEMORY)

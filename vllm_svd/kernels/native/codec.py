@@ -1,12 +1,17 @@
 """The codec of tiers in machine code, a latent of one token and group at a time."""
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from vllm_svd.format import STORES
+from vllm_svd.kernels.native import CHUNK
 from vllm_svd.kernels.native.memory import compiled, floats, ints, octets
 
-FP8, INT8, INT4 = (STORES.index(store) for store in ("fp8_e4m3", "int8", "int4"))
+FP8, INT8, INT4, INT2 = (STORES.index(store) for store in ("fp8_e4m3", "int8", "int4", "int2"))
+
+
 
 
 @njit(nogil=True)
@@ -92,27 +97,65 @@ def encode(latent, runs, num_runs, tables, row):
         out[of[4]] = byte
 
 
+@intrinsic
+def _levels(typingctx, codes, shift, mask, flip, middle, scale, out):  # noqa: ARG001
+    """out [CHUNK] = ((((codes >> shift) & mask) ^ flip) - middle) * scale.
+
+    In vectors, which the compiler does not find by itself in loops over parts of bytes.
+    """
+    octets_of, integers = (ir.VectorType(ir.IntType(size), CHUNK) for size in (8, 32))
+    numbers = ir.VectorType(ir.FloatType(), CHUNK)
+    zeros = ir.Constant(integers, [0] * CHUNK)  # to shuffle with: all lanes are the first
+
+    def generate(context, builder, signature, arguments):  # noqa: ARG001
+        codes, shift, mask, flip, middle, scale, out = arguments
+
+        def splat(value, kind):
+            if isinstance(value.type, ir.IntType):
+                value = builder.trunc(value, ir.IntType(32))
+            first = builder.insert_element(
+                ir.Constant(kind, ir.Undefined), value, ir.Constant(ir.IntType(32), 0)
+            )
+            return builder.shuffle_vector(first, first, zeros)
+
+        def at(address, kind):
+            return builder.inttoptr(address, kind.as_pointer())
+
+        read = builder.zext(builder.load(at(codes, octets_of), align=1), integers)
+        read = builder.and_(builder.lshr(read, splat(shift, integers)), splat(mask, integers))
+        level = builder.sitofp(builder.xor(read, splat(flip, integers)), numbers)
+        level = builder.fmul(builder.fsub(level, splat(middle, numbers)), splat(scale, numbers))
+        builder.store(level, at(out, numbers), align=4)
+        return context.get_dummy_value()
+
+    integer = types.int64
+    return types.void(*[integer] * 4, types.float32, types.float32, integer), generate
+
+
 @compiled
 def decode(slot, runs, num_runs, scale_table, fp8_table, target):
-    """Floats of the latent of one slot, as codec.decode."""
+    """Floats of the latent of one slot, as codec.decode.
+
+    Whole chunks are read and written: up to CHUNK bytes beyond the slot, and as many floats beyond
+    those of a run, of which later runs overwrite all but what lies beyond the latent.
+    """
     scales, levels, entries = floats(scale_table), floats(fp8_table), octets(slot)
     for run in range(num_runs):
         of = ints(runs + 40 * run)
         kind, count = of[0], of[2]
-        codes, out = octets(slot + of[3]), floats(target + 4 * of[1])
+        codes, out = slot + of[3], target + 4 * of[1]
         scale = scales[np.int64(entries[of[4]])]
         if kind == FP8:
             for i in range(count):
-                out[i] = levels[np.int64(codes[i])] * scale
-        elif kind == INT8:
-            for i in range(count):
-                out[i] = np.float32(np.int8(codes[i])) * scale
-        else:
-            bits, middle = (4, np.float32(7.5)) if kind == INT4 else (2, np.float32(1.5))
-            count = count * bits // 8
-            for part in range(8 // bits):
-                out = floats(target + 4 * (of[1] + part * count))
-                shift, mask = np.uint8(part * bits), np.uint8((1 << bits) - 1)
-                for i in range(count):
-                    code = np.int32((codes[i] >> shift) & mask)
-                    out[i] = (np.float32(code) - middle) * scale
+                floats(out)[i] = levels[np.int64(octets(codes)[i])] * scale
+            continue
+        bits, flip, middle = 8, 128, np.float32(128)  # two's complement
+        if kind == INT4:
+            bits, flip, middle = 4, 0, np.float32(7.5)
+        elif kind == INT2:
+            bits, flip, middle = 2, 0, np.float32(1.5)
+        count = count * bits // 8
+        for part in range(8 // bits):
+            for i in range(0, count, CHUNK):
+                place = out + 4 * (part * count + i)
+                _levels(codes + i, part * bits, (1 << bits) - 1, flip, middle, scale, place)

@@ -86,6 +86,14 @@ def octets(address):
 
 
 @compiled
+def copy(source, size, target):
+    """So many bytes."""
+    read, out = octets(source), octets(target)
+    for i in range(size):
+        out[i] = read[i]
+
+
+@compiled
 def widen(kind, source, count, target):
     """Floats of a contiguous row."""
     out, bits = floats(target), words(target)
