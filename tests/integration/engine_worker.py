@@ -1,8 +1,8 @@
 """Run real vLLM engines one after another in this process: `engine_worker.py SPEC RESULT`.
 
-SPEC maps case names to {model, engine, prompts, max_tokens, rounds}; RESULT maps them to what vLLM
-returned, or to {"error": message}. Engines live in this process (no engine subprocess) unless the
-case asks for tensor parallelism, so that a start costs seconds.
+SPEC maps case names to {model, engine, prompts, max_tokens, rounds, half_units}; RESULT maps them
+to what vLLM returned, or to {"error": message}. Engines live in this process (no engine subprocess)
+unless the case asks for tensor parallelism, so that a start costs seconds.
 """
 
 import gc
@@ -18,6 +18,10 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.sampling_params import BeamSearchParams
 
+    from vllm_svd.kernels import products
+
+    if case.get("half_units"):  # as on a CPU that multiplies in half precision: for good
+        products._EMULATES_BF16 = products._EMULATES_FP16 = False
     engine = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -49,7 +53,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         parameters = BeamSearchParams(width, max_tokens=case["max_tokens"], ignore_eos=True)
         found = llm.beam_search([dict(prompt) for prompt in prompts], parameters)
         beams = [[beam.cum_logprob for beam in one.sequences] for one in found]
-    cache = llm.llm_engine.vllm_config.cache_config
+    config = llm.llm_engine.vllm_config
+    cache, layers = config.cache_config, config.compilation_config.static_forward_context
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     return {
         "rounds": rounds,
@@ -58,6 +63,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "kv_cache_bytes": cache.kv_cache_memory_bytes,
         "num_blocks": cache.num_gpu_blocks,
         "block_size": cache.block_size,
+        "implementations": sorted({type(layer.impl).__name__ for layer in layers.values()}),
         "preemptions": metrics["vllm:num_preemptions"],
     }
 

@@ -41,6 +41,16 @@ def test_logprobs_equal_the_offline_reference(engines, compressed, prompts, dens
     assert difference.square().mean().sqrt() <= 2 * dense_deviation
 
 
+def test_the_native_kernel_gives_the_logprobs_of_ours(engines, dense_deviation):
+    """On a CPU with units for half precision vLLM's own kernel serves equal ranks of mode post."""
+    ours, native = of(engines, "post_half"), of(engines, "post_half_native")
+    assert ours["implementations"] == ["ProjectingImpl"]
+    assert native["implementations"] == ["CPUAttentionBackendImpl"]
+    assert native["kv_cache_tokens"] == ours["kv_cache_tokens"]
+    assert tokens(native) == tokens(native, 1) == tokens(ours)
+    assert rms(apart(ours, native, "prompt_logprobs", "logprobs")) <= 2 * dense_deviation
+
+
 @pytest.mark.parametrize("name", TIERED)
 def test_tiers_give_the_logprobs_of_the_offline_reference(
     engines, compressed, prompts, same_but_for_flips, name

@@ -34,6 +34,7 @@ INT8_4_2 = (tiers(int8=8, int4=4, int2=4), tiers(int8=4, int4=12, int2=8))
 FP8 = (tiers(fp8_e4m3=16), tiers(fp8_e4m3=24))
 INT4 = (tiers(int4=16), tiers(int4=24))
 UNUSED = 2**31 - 1
+DOUBLE_AND_FLOAT = (torch.float64, torch.float32)
 ALL = [(1, 1), (1, 40), (7, 7), (8, 53), (1, 33), (5, 48), (2, 200)]
 
 
@@ -62,9 +63,13 @@ def build(
     dtype: torch.dtype = torch.float32,
     tiers: tuple = ((), ()),
     heads_inside: bool = False,
+    projects: bool = False,
     seed: int = 0,
 ) -> Case:
-    """`lengths` are (query tokens, tokens in the cache); unused slots are poison."""
+    """`lengths` are (query tokens, tokens in the cache); unused slots are poison.
+
+    With `projects` the kernel has the bases of queries and outputs, else those of keys alone.
+    """
     g = torch.Generator().manual_seed(seed)
     rotary_dim = rotary_dim or d
     layout = LatentLayout(k_rank, v_rank, *tiers)
@@ -90,7 +95,8 @@ def build(
     angles = torch.arange(8200)[:, None] / 10000 ** (torch.arange(0, rotary_dim, 2) / rotary_dim)
     rope = Rope(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype), neox)
     k_up = torch.randn(kv_heads, d, k_rank, generator=g).div(k_rank**0.5).to(dtype)
-    width = d if mode == "pre" else k_rank
+    v_up = torch.randn(kv_heads, d, v_rank, generator=g).div(v_rank**0.5).to(dtype)
+    width = d if mode == "pre" or projects else k_rank
     return Case(
         torch.randn(tokens, kv_heads * group, width, generator=g).to(dtype),
         cache,
@@ -104,7 +110,8 @@ def build(
         {
             "scale": d**-0.5,
             "layout": layout,
-            "k_up": k_up if mode == "pre" else None,
+            "k_up": k_up if mode == "pre" or projects else None,
+            "v_up": v_up if projects else None,
             "rope": rope if mode == "pre" else None,
             "sliding_window": window,
         },
@@ -112,10 +119,11 @@ def build(
 
 
 def run(case: Case) -> torch.Tensor:
-    shape = (*case.query.shape[:2], case.settings["layout"].v_rank)
+    v_up, rank = case.settings.get("v_up"), case.settings["layout"].v_rank
+    shape = (*case.query.shape[:2], rank if v_up is None else v_up.shape[1])
     output = torch.full(shape, torch.nan, dtype=case.query.dtype)
     few = compiled.FewTokens.of(case.batch, case.batch.max_query_len)
-    compiled.attend(case.query, case.cache, few, output, **case.settings)
+    assert compiled.attend(case.query, case.cache, few, output, **case.settings)
     return output
 
 
@@ -177,11 +185,65 @@ def test_half_precision(mode, dtype, tiers):
     check(build(ALL, mode=mode, dtype=dtype, tiers=tiers))
 
 
-def test_every_fp16_is_read_exactly():
-    """One token per number: its value latent is the output."""
-    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+@pytest.mark.parametrize("tiers", [((), ()), INT8_4_2], ids=["no", "842"])
+@pytest.mark.parametrize("mode", ["pre", "post"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_projections_of_queries_and_outputs(mode, dtype, tiers):
+    check(build(ALL, mode=mode, dtype=dtype, tiers=tiers, projects=True))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"kv_heads": 4, "shared": 2},
+        {"kv_heads": 3, "shared": 3, "group": 1, "k_rank": 40},
+        {"k_rank": 5, "v_rank": 41, "d": 48},
+        {"k_rank": 1, "v_rank": 1},
+        {"d": 256, "k_rank": 64, "v_rank": 200, "group": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["pre", "post"])
+def test_shapes_of_projections(mode, shape):
+    check(build(ALL, mode=mode, projects=True, **shape))
+
+
+@pytest.mark.parametrize("mode", ["pre", "post"])
+def test_bases_may_be_wider_than_queries(mode):
+    case = build(ALL, mode=mode, dtype=torch.bfloat16, projects=True)
+    wide = {name: case.settings[name].float() for name in ("k_up", "v_up")}
+    output = run(replace(case, settings=case.settings | wide | {"layout": LatentLayout(16, 24)}))
+    assert torch.equal(output, run(case))
+
+
+@pytest.mark.parametrize("mode", ["pre", "post"])
+@pytest.mark.parametrize("tokens", [8, 40, 300])
+def test_many_tokens_are_projected_too(mode, tokens):
+    case = build([(tokens, tokens), (1, 33), (tokens, tokens + 70)], mode=mode, projects=True)
+    case.batch.block_table[case.batch.block_table == UNUSED] = 0
+    outputs = [torch.empty(len(case.query), 4, 32, dtype=dtype) for dtype in DOUBLE_AND_FLOAT]
+    reference.attend(case.query, case.cache, case.batch, outputs[0], **case.settings)
+    cpu.attend(case.query, case.cache, case.batch, outputs[1], **case.settings)
+    torch.testing.assert_close(outputs[1].double(), outputs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_every_fp32_is_rounded_to_fp16_and_bf16_as_torch_does():
+    """One token per number, alone in its context: its value latent is the output."""
+    steps = torch.arange(-(2**31), 2**31, 2**19 + 1).to(torch.int32)
+    edges = torch.tensor([65504.0, 65519.9, 65520.0, 65536.0, 6.1e-5, 6e-8, 3e-8, 2.98e-8, 1e-9])
+    ties = torch.arange(0, 2**15, 7).to(torch.int16).view(torch.float16).float() * (1 + 2.0**-11)
+    numbers = torch.cat((steps.view(torch.float32), edges, -edges, ties, -ties))
+    numbers = numbers[numbers.isfinite()]
     cache = torch.stack((torch.zeros_like(numbers), numbers), dim=-1)[:, None, None]
-    count = len(numbers)
+    for dtype in (torch.bfloat16, torch.float16):
+        case = alone(cache, torch.zeros(len(numbers), 1, 1, dtype=dtype))
+        expected = numbers.to(dtype)
+        assert torch.equal(run(case)[:, 0, 0], expected)
+
+
+def alone(cache: torch.Tensor, query: torch.Tensor) -> Case:
+    """Requests of one token each, in its own page."""
+    count = len(cache)
     batch = PagedBatch(
         torch.arange(count + 1, dtype=torch.int32),
         torch.ones(count, dtype=torch.int32),
@@ -190,8 +252,14 @@ def test_every_fp16_is_read_exactly():
         1,
     )
     settings = {"scale": 1.0, "layout": LatentLayout(1, 1), "k_up": None, "rope": None}
-    query = torch.zeros(count, 1, 1, dtype=torch.float16)
-    output = run(Case(query, cache, batch, settings | {"sliding_window": None}))
+    return Case(query, cache, batch, settings | {"sliding_window": None})
+
+
+def test_every_fp16_is_read_exactly():
+    """One token per number: its value latent is the output."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    cache = torch.stack((torch.zeros_like(numbers), numbers), dim=-1)[:, None, None]
+    output = run(alone(cache, torch.zeros(len(numbers), 1, 1, dtype=torch.float16)))
     finite = numbers.isfinite()
     torch.testing.assert_close(output[finite, 0, 0], numbers[finite], rtol=0, atol=0)
     assert not output[~finite].isfinite().any()

@@ -9,6 +9,7 @@ import torch
 from vllm_svd.attention import layer as attention
 from vllm_svd.errors import SvdError, UnsupportedModelError
 from vllm_svd.format import KVProjection, SvdCheckpointConfig
+from vllm_svd.kernels import products
 from vllm_svd.quantization import config as quantization
 
 
@@ -108,10 +109,13 @@ def test_every_refusal_is_listed():
         (projection(20, 20, "post"), False),
     ],
 )
-def test_only_equal_post_ranks_the_backend_lists_ride_its_kernel(given, native):
-    for backend in attention.NATIVE_BACKENDS:
-        assert attention._native_head_size(layer(backend), given) is native
-    assert not attention._native_head_size(layer("FLASHINFER"), given)
+def test_only_equal_post_ranks_the_backend_lists_ride_its_kernel(monkeypatch, given, native):
+    for emulates in (False, True):
+        monkeypatch.setattr(products, "_EMULATES_BF16", emulates)
+        for backend in attention.NATIVE_BACKENDS:
+            expected = native and not (emulates and backend == "CPU_ATTN")
+            assert attention._native_head_size(layer(backend), given) is expected
+        assert not attention._native_head_size(layer("FLASHINFER"), given)
 
 
 def test_an_unknown_depth_of_verification(monkeypatch, tmp_path):

@@ -21,6 +21,7 @@ from vllm_svd.compat import (
 )
 from vllm_svd.errors import UnsupportedModelError
 from vllm_svd.format import KVProjection
+from vllm_svd.kernels import products
 from vllm_svd.kernels.products import of_query_heads, project
 
 # Backends that serve any head size they list when constructed as Attention constructs them.
@@ -51,7 +52,8 @@ class LatentAttention(Attention):
         Mode `pre` expects a key without RoPE.
         """
         if isinstance(self.impl, ProjectingImpl):
-            return super().forward(query, key, value, output_shape, output_dtype)
+            attended: torch.Tensor = super().forward(query, key, value, output_shape, output_dtype)
+            return attended
         queries = query.view(-1, self.num_heads, self.head_size)
         k_latent = project(key.view(-1, self.num_kv_heads, self.head_size), self.k_down)
         v_latent = project(value.view(-1, self.num_kv_heads, self.head_size), self.v_down)
@@ -125,9 +127,11 @@ def make_latent(layer: Attention, projection: KVProjection) -> None:
 def _native_head_size(layer: Attention, projection: KVProjection) -> bool:
     """Whether attention over these latents is what vLLM's backend does at a smaller head size.
 
-    Its metadata builders plan for the model's own number of KV heads: groups are not for them.
+    Its metadata builders plan for the model's own number of KV heads: groups are not for them. CPUs
+    without units for half precision serve short batches faster with projections in one call.
     """
-    return (
+    on_plain_cpu = layer.attn_backend.get_name() == CPU_BACKEND and products.emulates_halves()
+    return not on_plain_cpu and (
         projection.mode == "post"
         and projection.group == 1
         and not projection.k_tiers

@@ -17,6 +17,11 @@ FEW_ROWS = 4
 TILE_ELEMENTS = 1 << 24
 
 
+def emulates_halves() -> bool:
+    """Whether this machine's CPU has no units for products in bf16."""
+    return _EMULATES_BF16
+
+
 def emulated(x: torch.Tensor) -> bool:
     """Whether this machine emulates products in the dtype and on the device of `x`."""
     return x.device.type == "cpu" and (

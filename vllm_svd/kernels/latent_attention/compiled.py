@@ -42,7 +42,7 @@ class FewTokens(NamedTuple):
     tokens. The batch itself is not kept: it lives as long as its step.
     """
 
-    count: int
+    num_requests: int
     most_tokens: int
     packed: bytes
     tensors: tuple[torch.Tensor | None, ...]
@@ -95,7 +95,7 @@ def attend(
             return False
         fixed = query, kv_cache, output, k_up, v_up, rope, layout, sliding_window
         layer = layout.memo["attend"] = _layer(place, *fixed)
-    work = _work(layer.sizes, few.count, few.most_tokens, torch.get_num_threads())
+    work = _work(layer.sizes, few.num_requests, few.most_tokens, torch.get_num_threads())
     scratch = native.scratch(work.size)
     call = team.pack_call(scale * LOG2_E, query.data_ptr(), output.data_ptr(), scratch)
     arguments = b"".join((call, few.packed, layer.packed, work.packed))

@@ -18,6 +18,8 @@ from vllm_svd.kernels.products import of_query_heads
 TILE_BYTES = 4 << 20
 # Query tokens of a request up to which gathering the context costs more than BLAS gains.
 FEW_TOKENS = 8
+# Query tokens at a time: keys are rebuilt for each block of them.
+QUERY_BLOCK = 128
 
 
 def attend(
@@ -51,24 +53,18 @@ def attend(
         many = _longer_than(0, batch)
     if not many:
         return
-    starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
-    by_query_length = defaultdict(list)
-    for request in many:
-        by_query_length[starts[request + 1] - starts[request]].append(request)
     up = None if k_up is None else k_up.float().transpose(1, 2)
-    for query_length, requests in by_query_length.items():
-        # Longest first, so that the requests still alive in a tile are a prefix.
-        requests.sort(key=lambda request: -lengths[request])
-        rows = torch.tensor([starts[request] for request in requests])
-        rows = rows[:, None] + torch.arange(query_length)
-        queries = query[rows].float() * scale
+    for query_length, blocks in _blocks(many, batch).items():
+        requests, firsts, lengths = (list(column) for column in zip(*blocks, strict=True))
+        rows = torch.tensor(firsts)[:, None] + torch.arange(query_length)
+        queries = query[rows].float() * (scale * compiled.LOG2_E)
         if k_up is not None and rope is None:
             queries = of_query_heads(queries, k_up.float())
         result = _attend_equal_queries(
             queries,
             kv_cache,
             batch.block_table[requests],
-            [lengths[request] for request in requests],
+            lengths,
             layout,
             up,
             rope,
@@ -77,6 +73,22 @@ def attend(
         if v_up is not None:
             result = of_query_heads(result, v_up.float().transpose(1, 2))
         output[rows] = result.to(output.dtype)
+
+
+def _blocks(requests: list[int], batch: PagedBatch) -> dict[int, list[tuple[int, int, int]]]:
+    """Runs of query tokens, by their length: the request, first token, tokens that the last sees.
+
+    A run attends to what its last token sees: shorter runs waste less of what lies above the
+    diagonal. Longest contexts first, so that those still alive in a tile are a prefix.
+    """
+    starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+    found = defaultdict(list)
+    for request in requests:
+        first, after = starts[request : request + 2]
+        for begin in range(first, after, QUERY_BLOCK):
+            end = min(begin + QUERY_BLOCK, after)
+            found[end - begin].append((request, begin, lengths[request] - after + end))
+    return {count: sorted(runs, key=lambda run: -run[2]) for count, runs in found.items()}
 
 
 @once_per_batch
@@ -143,17 +155,21 @@ def _attend_equal_queries(
             # Whole blocks are read; positions past the table belong to unused slots.
             keys = _rotate(rebuilt, rope, positions.clamp(max=rope.cos_sin.shape[0] - 1))
         scores = queries[:, :alive] @ keys.transpose(-1, -2)
-        hidden = positions > query_positions[:alive, :, None]
-        if sliding_window is not None:
-            hidden |= positions <= query_positions[:alive, :, None] - sliding_window
-        scores.masked_fill_(hidden, -torch.inf)
+        # Before the first query all is seen, except what lies before a window.
+        seen = 0 if sliding_window is not None else max(0, min(lengths[:alive]) - tokens - begin)
+        if seen < len(positions):
+            distance = query_positions[:alive, :, None] - positions[seen:]
+            hidden = distance < 0
+            if sliding_window is not None:
+                hidden |= distance >= sliding_window
+            scores[..., seen:] += torch.where(hidden, -torch.inf, 0.0)
 
         before = highest[:, :alive]
         after = torch.maximum(before, scores.amax(dim=-1, keepdim=True))
         # A tile may lie wholly outside a query's window: exp(-inf - -inf) is not a number.
         shift = after.clamp(min=torch.finfo(torch.float32).min)
-        weights = scores.sub_(shift).exp_()
-        decay = torch.exp(before - shift)
+        weights = scores.sub_(shift).exp2_()
+        decay = torch.exp2(before - shift)
         total[:, :alive] = total[:, :alive] * decay + weights.sum(dim=-1, keepdim=True)
         mixed[:, :alive] = mixed[:, :alive] * decay + weights @ values
         highest[:, :alive] = after

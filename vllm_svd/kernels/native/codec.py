@@ -12,8 +12,6 @@ from vllm_svd.kernels.native.memory import compiled, floats, ints, octets
 FP8, INT8, INT4, INT2 = (STORES.index(store) for store in ("fp8_e4m3", "int8", "int4", "int2"))
 
 
-
-
 @njit(nogil=True)
 def _fp8(x):
     """Bits of the nearest e4m3, ties to even; |x| is at most 448 but for rounding."""
