@@ -73,7 +73,11 @@ def test_one_compiled_graph_serves_any_number_of_rows():
         x, weight, bias = operands(rows, 48, 24, torch.bfloat16)
         expected = F.linear(x.double(), weight.double(), bias.double())
         once = error(expected.to(x.dtype), expected)
-        assert error(graph(x, weight, bias), expected) <= 1.1 * once
+        found = graph(x, weight, bias)
+        if rows < products.FEW_ROWS:  # the graph decides when it runs
+            assert torch.equal(found, F.linear(x, weight, bias))
+        else:
+            assert error(found, expected) <= 1.1 * once
     assert compiled.frame_count == 1
 
 

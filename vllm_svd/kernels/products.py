@@ -35,9 +35,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if not emulated(x):
         return F.linear(x, weight, bias)
     operands = (x, weight) if bias is None else (x, weight, bias)
-    if torch.compiler.is_compiling():  # a graph is compiled once for any number of rows
-        return torch.cond(x.shape[0] < FEW_ROWS, _as_it_is, _in_fp32, operands)
     few = x.numel() < FEW_ROWS * x.shape[-1]
+    if torch.compiler.is_compiling():  # a graph for any number of rows decides when it runs
+        y: torch.Tensor = torch.cond(few, _as_it_is, _in_fp32, operands)
+        return y
     return _as_it_is(*operands) if few else _in_fp32(*operands)
 
 

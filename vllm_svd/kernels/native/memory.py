@@ -136,7 +136,7 @@ def narrow(kind, source, count, target):
         code = np.int64(bits[i])
         size, sign = code & 0x7FFFFFFF, (code >> 16) & 0x8000
         if size >= 0x47800000:  # 2^16 and all that is larger, or not a number
-            rounded = 0x7E00 if size > 0x7F800000 else 0x7C00
+            rounded = np.int64(0x7E00 if size > 0x7F800000 else 0x7C00)
         elif size < 0x38800000:  # 2^-14: multiples of 2^-24 from here down
             rounded = np.int64(np.rint(abs(floats(source)[i]) * np.float32(2.0**24)))
         else:
