@@ -1,9 +1,6 @@
-"""The compiled decode path against the fp64 reference, over random ragged paged batches.
+"""The compiled decode path against the fp64 reference, over random ragged paged batches."""
 
-Tolerance: the error (Frobenius norm) may be twice that of the reference in fp32, plus one rounding
-of the output to its dtype.
-"""
-
+import functools
 import gc
 import os
 import random
@@ -11,140 +8,44 @@ import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
+import paged_cases
 import pytest
 import torch
+from paged_cases import Case
 
-from vllm_svd.format import Tier
 from vllm_svd.kernels import native
 from vllm_svd.kernels.latent_attention import compiled, cpu, reference, team
 from vllm_svd.kernels.latent_layout import LatentLayout
-from vllm_svd.kernels.paged_batch import PagedBatch, Rope
+from vllm_svd.kernels.paged_batch import PagedBatch
 
 pytestmark = pytest.mark.skipif(not native.is_there(), reason="needs numba")
 
 
-def tiers(**channels: int) -> tuple[Tier, ...]:
-    return tuple(Tier(channels=count, store=store) for store, count in channels.items())
-
-
-INT8_4_2 = (tiers(int8=8, int4=4, int2=4), tiers(int8=4, int4=12, int2=8))
-FP8 = (tiers(fp8_e4m3=16), tiers(fp8_e4m3=24))
-INT4 = (tiers(int4=16), tiers(int4=24))
+INT8_4_2 = (((8, "int8"), (4, "int4"), (4, "int2")), ((4, "int8"), (12, "int4"), (8, "int2")))
+FP8 = (((16, "fp8_e4m3"),), ((24, "fp8_e4m3"),))
+INT4 = (((16, "int4"),), ((24, "int4"),))
 UNUSED = 2**31 - 1
 DOUBLE_AND_FLOAT = (torch.float64, torch.float32)
 ALL = [(1, 1), (1, 40), (7, 7), (8, 53), (1, 33), (5, 48), (2, 200)]
 
 
-@dataclass(frozen=True)
-class Case:
-    query: torch.Tensor
-    cache: torch.Tensor
-    batch: PagedBatch
-    settings: dict = field(default_factory=dict)
-
-
-def build(
-    lengths: list[tuple[int, int]],
-    *,
-    kv_heads: int = 2,
-    shared: int = 1,
-    group: int = 2,
-    d: int = 32,
-    k_rank: int = 16,
-    v_rank: int = 24,
-    block: int = 16,
-    mode: str = "pre",
-    rotary_dim: int | None = None,
-    neox: bool = True,
-    window: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    tiers: tuple = ((), ()),
-    heads_inside: bool = False,
-    projects: bool = False,
-    seed: int = 0,
-) -> Case:
-    """`lengths` are (query tokens, tokens in the cache); unused slots are poison.
-
-    With `projects` the kernel has the bases of queries and outputs, else those of keys alone.
-    """
-    g = torch.Generator().manual_seed(seed)
-    rotary_dim = rotary_dim or d
-    layout = LatentLayout(k_rank, v_rank, *tiers)
-    needed = [-(-length // block) for _, length in lengths]
-    pages = torch.randperm(sum(needed) + 3, generator=g).to(torch.int32)
-    groups = kv_heads // shared
-    table = torch.full((len(lengths), max(needed) + 2), UNUSED, dtype=torch.int32)
-    slot_dtype, poison = (torch.uint8, 255) if tiers[0] else (dtype, torch.nan)
-    shape = (len(pages), groups, block, layout.width)
-    cache = torch.full(shape, poison, dtype=slot_dtype)
-    if heads_inside:
-        cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
-    for request, (_, length) in enumerate(lengths):
-        before = sum(needed[:request])
-        mine = pages[before : before + needed[request]]
-        table[request, : len(mine)] = mine
-        latent = torch.randn(length, groups, k_rank + v_rank, generator=g).to(dtype)
-        slots = layout.write(latent[..., :k_rank], latent[..., k_rank:])
-        at = torch.arange(length)
-        cache[mine[at // block].long(), :, at % block] = slots
-    tokens = sum(query for query, _ in lengths)
-    starts = torch.tensor([0, *(query for query, _ in lengths)]).cumsum(0)
-    angles = torch.arange(8200)[:, None] / 10000 ** (torch.arange(0, rotary_dim, 2) / rotary_dim)
-    rope = Rope(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype), neox)
-    k_up = torch.randn(kv_heads, d, k_rank, generator=g).div(k_rank**0.5).to(dtype)
-    v_up = torch.randn(kv_heads, d, v_rank, generator=g).div(v_rank**0.5).to(dtype)
-    width = d if mode == "pre" or projects else k_rank
-    return Case(
-        torch.randn(tokens, kv_heads * group, width, generator=g).to(dtype),
-        cache,
-        PagedBatch(
-            starts.to(torch.int32),
-            torch.tensor([length for _, length in lengths], dtype=torch.int32),
-            table,
-            tokens,
-            max(query for query, _ in lengths),
-        ),
-        {
-            "scale": d**-0.5,
-            "layout": layout,
-            "k_up": k_up if mode == "pre" or projects else None,
-            "v_up": v_up if projects else None,
-            "rope": rope if mode == "pre" else None,
-            "sliding_window": window,
-        },
-    )
+build = functools.partial(paged_cases.build, unused=UNUSED)
 
 
 def run(case: Case) -> torch.Tensor:
-    v_up, rank = case.settings.get("v_up"), case.settings["layout"].v_rank
-    shape = (*case.query.shape[:2], rank if v_up is None else v_up.shape[1])
-    output = torch.full(shape, torch.nan, dtype=case.query.dtype)
+    output = torch.full(case.shape, torch.nan, dtype=case.query.dtype)
     few = compiled.FewTokens.of(case.batch, case.batch.max_query_len)
     assert compiled.attend(case.query, case.cache, few, output, **case.settings)
     return output
 
 
-def check(*cases: Case) -> None:
-    errors, plain_errors, exacts = [], [], []
-    for case in cases:
-        output = run(case)
-        exact = torch.empty(output.shape, dtype=torch.float64)
-        reference.attend(case.query, case.cache, case.batch, exact, **case.settings)
-        plain = torch.empty(output.shape)
-        reference.attend(
-            case.query, case.cache, case.batch, plain, **case.settings, dtype=torch.float32
-        )
-        errors.append((output.double() - exact).flatten())
-        plain_errors.append((plain.double() - exact).flatten())
-        exacts.append(exact.flatten())
-    rounding = torch.finfo(output.dtype).eps * torch.cat(exacts).norm()
-    assert torch.cat(errors).norm() <= 2 * torch.cat(plain_errors).norm() + rounding
+check = functools.partial(paged_cases.check, run)
 
 
-@pytest.mark.parametrize("tiers", [((), ()), INT8_4_2, FP8, INT4], ids=["no", "842", "fp8", "int4"])
+@pytest.mark.parametrize("tiers", [None, INT8_4_2, FP8, INT4], ids=["no", "842", "fp8", "int4"])
 @pytest.mark.parametrize("mode", ["pre", "post"])
 @pytest.mark.parametrize("window", [None, 1, 9, 70])
 def test_ragged_batches(mode, window, tiers):
@@ -180,12 +81,12 @@ def test_shapes_rotary_styles_and_layouts(shape):
 
 @pytest.mark.parametrize("mode", ["pre", "post"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tiers", [((), ()), INT8_4_2], ids=["no", "842"])
+@pytest.mark.parametrize("tiers", [None, INT8_4_2], ids=["no", "842"])
 def test_half_precision(mode, dtype, tiers):
     check(build(ALL, mode=mode, dtype=dtype, tiers=tiers))
 
 
-@pytest.mark.parametrize("tiers", [((), ()), INT8_4_2], ids=["no", "842"])
+@pytest.mark.parametrize("tiers", [None, INT8_4_2], ids=["no", "842"])
 @pytest.mark.parametrize("mode", ["pre", "post"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_projections_of_queries_and_outputs(mode, dtype, tiers):
@@ -251,8 +152,8 @@ def alone(cache: torch.Tensor, query: torch.Tensor) -> Case:
         count,
         1,
     )
-    settings = {"scale": 1.0, "layout": LatentLayout(1, 1), "k_up": None, "rope": None}
-    return Case(query, cache, batch, settings | {"sliding_window": None})
+    settings = {"scale": 1.0, "layout": LatentLayout(1, 1), "sliding_window": None}
+    return Case(query, cache, batch, settings | {"k_up": None, "v_up": None, "rope": None})
 
 
 def test_every_fp16_is_read_exactly():
@@ -375,7 +276,7 @@ def test_works_in_a_forked_process():
     program = """
 import os, torch
 torch.set_num_threads(1)
-from tests.kernels.test_compiled_decode import ALL, build, check
+from test_compiled_decode import ALL, build, check
 check(build(ALL))
 child = os.fork()
 if not child:
@@ -384,7 +285,7 @@ if not child:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
 
 

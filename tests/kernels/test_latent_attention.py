@@ -1,131 +1,40 @@
-"""CPU and Triton kernels against the fp64 reference, over random ragged paged batches.
+"""CPU and Triton kernels against the fp64 reference, over random ragged paged batches."""
 
-The tolerance is derived: the error against fp64 (Frobenius norm) may be at most twice that of the
-plain expression (the reference itself, in the dtype the kernel multiplies in), plus one rounding of
-the output to the tensors' dtype. Stored latents are what they decode to, in both.
-"""
+import functools
 
-from dataclasses import dataclass
-
+import paged_cases
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paged_cases import DEVICE, Case, Tiers
 
-from vllm_svd.format import Tier
 from vllm_svd.kernels.latent_attention import cpu, reference, split_triton, triton
-from vllm_svd.kernels.latent_layout import LatentLayout
-from vllm_svd.kernels.paged_batch import PagedBatch, Rope
+from vllm_svd.kernels.paged_batch import PagedBatch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = [triton] if DEVICE == "cuda" else [cpu, triton]
 
-Tiers = tuple[tuple[int, str], ...]
-"""Channels and store of each tier of one side."""
-
-
-@dataclass(frozen=True)
-class Case:
-    query: torch.Tensor
-    cache: torch.Tensor
-    batch: PagedBatch
-    settings: dict
-
-
-def build(
-    lengths: list[tuple[int, int]],
-    *,
-    kv_heads: int = 2,
-    shared: int = 1,
-    group: int = 2,
-    d: int = 32,
-    k_rank: int = 16,
-    v_rank: int = 24,
-    block: int = 16,
-    mode: str = "pre",
-    rotary_dim: int | None = None,
-    neox: bool = True,
-    window: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    tiers: tuple[Tiers, Tiers] | None = None,
-    magnitude: float = 1.0,
-    seed: int = 0,
-) -> Case:
-    """`lengths` are (query tokens, tokens in the cache) per request; unused slots hold NaN.
-
-    `shared` KV heads have one latent. Latents of one token are up to 16 times as large as those of
-    another. The ranks are those of `tiers`, if any.
-    """
-    g = torch.Generator().manual_seed(seed)
-    rotary_dim = rotary_dim or d
-    needed = [-(-length // block) for _, length in lengths]
-    pages = torch.randperm(sum(needed) + 3, generator=g)
-    layout = LatentLayout(k_rank, v_rank)
-    if tiers is not None:
-        sides = [tuple(Tier(channels=c, store=store) for c, store in side) for side in tiers]
-        ranks = [sum(tier.channels for tier in side) for side in sides]
-        layout = LatentLayout(*ranks, *sides)
-    groups, k_rank, v_rank = kv_heads // shared, layout.k_rank, layout.v_rank
-    cache = torch.full((len(pages), groups, block, layout.width), torch.nan)
-    if layout.quantised:
-        cache = torch.full_like(cache, 255, dtype=torch.uint8)  # scales that stand for NaN
-    table = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
-    used = 0
-    for request, (_, length) in enumerate(lengths):
-        mine = pages[used : used + needed[request]]
-        used += needed[request]
-        table[request, : len(mine)] = mine
-        for position in range(length):
-            page = mine[position // block]
-            latents = torch.randn(groups, k_rank + v_rank, generator=g)
-            latents *= magnitude * 2 ** -(4 * torch.rand(groups, 1, generator=g))
-            written = layout.write(latents[:, :k_rank], latents[:, k_rank:])
-            cache[page, :, position % block] = written
-    tokens = sum(query for query, _ in lengths)
-    width = d if mode == "pre" else k_rank
-    starts = torch.tensor([0, *(query for query, _ in lengths)]).cumsum(0)
-    angles = torch.arange(4096)[:, None] / 10000 ** (torch.arange(0, rotary_dim, 2) / rotary_dim)
-    rope = Rope(torch.cat((angles.cos(), angles.sin()), dim=-1).to(DEVICE), neox)
-    k_up = torch.randn(kv_heads, d, k_rank, generator=g).div(k_rank**0.5).to(DEVICE, dtype)
-    return Case(
-        torch.randn(tokens, kv_heads * group, width, generator=g).to(DEVICE, dtype),
-        cache.to(DEVICE, torch.uint8 if layout.quantised else dtype),
-        PagedBatch(
-            starts.to(DEVICE, torch.int32),
-            torch.tensor([length for _, length in lengths], dtype=torch.int32, device=DEVICE),
-            table.to(DEVICE),
-            tokens,
-            max(query for query, _ in lengths),
-        ),
-        {
-            "scale": d**-0.5,
-            "layout": layout,
-            "k_up": k_up if mode == "pre" else None,
-            "rope": rope if mode == "pre" else None,
-            "sliding_window": window,
-        },
-    )
+build = functools.partial(paged_cases.build, device=DEVICE)
 
 
 def check(kernel, *cases: Case) -> None:
-    """Errors of all cases together, so that the luck of a few roundings averages out."""
-    errors, plain_errors, exacts = [], [], []
-    for case in cases:
-        shape = (*case.query.shape[:2], case.settings["layout"].v_rank)
-        arguments = (case.query, case.cache, case.batch)
-        exact = torch.empty(shape, dtype=torch.float64, device=DEVICE)
-        reference.attend(*arguments, exact, **case.settings)
-        plain = torch.empty(shape, dtype=torch.float32, device=DEVICE)
-        # Triton multiplies rebuilt keys and weights in the tensors' dtype, as tensor cores must.
-        dtype = case.query.dtype if kernel is triton else torch.float32
-        reference.attend(*arguments, plain, **case.settings, dtype=dtype)
-        output = torch.full(shape, torch.nan, dtype=case.query.dtype, device=DEVICE)
-        kernel.attend(*arguments, output, **case.settings)
-        errors.append((output.double() - exact).flatten())
-        plain_errors.append((plain.double() - exact).flatten())
-        exacts.append(exact.flatten())
-    rounding = torch.finfo(cases[0].query.dtype).eps * torch.cat(exacts).norm()
-    assert torch.cat(errors).norm() <= 2 * torch.cat(plain_errors).norm() + rounding
+    def run(case: Case) -> torch.Tensor:
+        output = torch.full(case.shape, torch.nan, dtype=case.query.dtype, device=DEVICE)
+        kernel.attend(case.query, case.cache, case.batch, output, **settings_of(kernel, case))
+        return output
+
+    # Triton multiplies rebuilt keys and weights in the tensors' dtype, as tensor cores must.
+    paged_cases.check(
+        run, *cases, plain=cases[0].query.dtype if kernel is triton else torch.float32
+    )
+
+
+def settings_of(kernel, case: Case) -> dict:
+    """On a GPU the layer projects outputs."""
+    settings = dict(case.settings)
+    if kernel is triton:
+        assert settings.pop("v_up") is None
+    return settings
 
 
 RAGGED = [(1, 1), (1, 40), (7, 7), (20, 53), (1, 33), (5, 48)]
@@ -272,7 +181,8 @@ def test_padding_rows_are_left_alone(kernel):
     table = torch.cat((case.batch.block_table, case.batch.block_table[:1]))
     query = torch.cat((case.query, case.query[:1]))
     output = torch.full((3, 4, 24), 7.0, device=DEVICE)
-    kernel.attend(query, case.cache, PagedBatch(starts, lens, table, 3, 1), output, **case.settings)
+    batch = PagedBatch(starts, lens, table, 3, 1)
+    kernel.attend(query, case.cache, batch, output, **settings_of(kernel, case))
     exact = torch.empty(2, 4, 24, dtype=torch.float64, device=DEVICE)
     reference.attend(case.query, case.cache, case.batch, exact, **case.settings)
     assert (output[2] == 7.0).all()
