@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from engine_cases import HEAD_DIM, of
+from engine_cases import of
 from transformers import AutoTokenizer
 
 from benchmarks.serving import metrics
@@ -31,16 +31,23 @@ def _without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def test_completions_and_metrics(compressed, engines, prompts, tmp_path):
-    model: Path = compressed("pre_half")
+@pytest.mark.parametrize("name", ["pre_half", "pre_tiers"])
+def test_completions_and_metrics(compressed, engines, prompts, tmp_path, name):
+    model: Path = compressed(name)
     tokenizer = AutoTokenizer.from_pretrained(model)
     with serve(model, FLAGS, tmp_path / "server.log", timeout=300) as server:
-        body = {"model": str(model), "prompt": prompts[3], "max_tokens": 24, "temperature": 0}
-        answer = json.loads(server.request("/v1/completions", 120, body | {"ignore_eos": True}))
+        body = {"model": str(model), "prompt": prompts[3], "max_tokens": 24, "ignore_eos": True}
+        first = json.loads(server.request("/v1/completions", 120, body | {"temperature": 0}))
+        several = body | {"n": 3, "seed": 0, "temperature": 1.0}
+        samples = json.loads(server.request("/v1/completions", 120, several))
         cache = metrics.cache_config(metrics.read(server))
-    expected = of(engines, "pre_half")["rounds"][0][3]["tokens"]
-    assert answer["choices"][0]["text"] == tokenizer.decode(expected)
-    per_token = 6 * 2 * HEAD_DIM * 4  # 6 layers, 2 KV heads, half of K and V, fp32
+    expected = of(engines, name)["rounds"][0][3]["tokens"]
+    assert first["choices"][0]["text"] == tokenizer.decode(expected)
+    assert len({choice["text"] for choice in samples["choices"]}) == 3
+    assert samples["usage"]["completion_tokens"] == 3 * 24
+    totals = json.loads((model / "plan.json").read_text())["totals"]
+    per_token = totals["kv_bytes_per_token"]
+    assert totals["kv_bytes_per_token_dense"] >= per_token * {"pre_half": 2, "pre_tiers": 16}[name]
     assert cache.size_tokens == BUDGET // (per_token * cache.block_size) * cache.block_size
 
 

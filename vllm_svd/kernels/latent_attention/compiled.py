@@ -86,7 +86,7 @@ def attend(
     """
     place = (
         *(query.dtype, query.shape[1], query.stride(), output.dtype, output.stride()),
-        *(kv_cache.data_ptr(), kv_cache.stride(), scale, sliding_window),
+        *(kv_cache.data_ptr(), len(kv_cache), kv_cache.stride(), scale, sliding_window),
         *(_address(k_up), _address(v_up), rope and rope.cos_sin.data_ptr()),
     )
     layer: Layer | None = layout.memo.get("attend")
