@@ -130,6 +130,9 @@ def engines(dense: Path, compressed: Any, prompts: Any, tmp_path_factory: Any) -
     cases[TIERED[0]]["beams"] = 3
     for dtype in ("fp8", "int8_per_token_head"):
         cases[dtype] = case(compressed(TIERED[0]), kv_cache_dtype=dtype)
+    cases["post_mixed_bf16_compiled"] = case(
+        compressed("post_mixed"), dtype="bfloat16", enforce_eager=False
+    )
     cases["dense_bf16"] = case(dense, dtype="bfloat16")
     cases["post_half_native"] = case(compressed("post_half")) | {"half_units": True}  # the last
     return run_engines(tmp_path_factory.mktemp("engines"), cases)

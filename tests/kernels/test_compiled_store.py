@@ -1,4 +1,4 @@
-"""The compiled store of tiers writes the bytes of the codec, and no others."""
+"""The compiled store writes the latents, or the bytes of the codec, and no others."""
 
 from dataclasses import replace
 
@@ -97,9 +97,12 @@ def test_many_tokens_are_projected_by_blas(monkeypatch):
     layout, g = LatentLayout(8, 8), torch.Generator().manual_seed(0)
     key, value = torch.randn(2, 20, 2, 16, generator=g)
     down = tuple(torch.randn(2, 2, 8, 16, generator=g))
-    caches = torch.zeros(2, 2, 2, 16, 16)
+    caches, calls = torch.zeros(2, 2, 2, 16, 16), []
+    project = compiled.project
+    monkeypatch.setattr(compiled, "project", lambda *a: calls.append(few) or project(*a))
     for cache, few in zip(caches, (1 << 30, 0), strict=True):
         monkeypatch.setattr(compiled, "FEW_PRODUCTS", few)
         assert compiled.store(key, value, cache, torch.arange(20) + 5, layout, down)
+    assert calls == [0, 0]
     assert int((caches[0] != 0).any(-1).sum()) == 40
     torch.testing.assert_close(*caches)

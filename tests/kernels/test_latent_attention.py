@@ -208,6 +208,23 @@ def test_split_contexts(monkeypatch, mode, window, processors):
     test_padding_rows_are_left_alone(triton)
 
 
+@pytest.mark.parametrize("mode", ["pre", "post"])
+@pytest.mark.parametrize("window", [None, 1, 9, 50])
+@pytest.mark.parametrize("shape", [{}, {"shared": 2}, {"tiers": (THREE, THREE)}], ids=str)
+def test_prompts_in_blocks_of_queries(monkeypatch, mode, window, shape):
+    monkeypatch.setattr(cpu, "QUERY_BLOCK", 8)
+    check(cpu, build([(60, 60), (33, 90), (9, 40), (1, 20)], mode=mode, window=window, **shape))
+
+
+def test_a_key_that_is_not_finite_reaches_only_those_who_see_it():
+    case = build([(70, 70)], window=20)
+    case.cache[case.batch.block_table[0, 2], :, 8, :16] = torch.nan  # the key at position 40
+    output = torch.empty(case.shape)
+    cpu.attend(case.query, case.cache, case.batch, output, **case.settings)
+    assert output[:40].isfinite().all() and output[60:].isfinite().all()
+    assert not output[40:60].isfinite().any()
+
+
 def test_long_contexts_take_many_tiles(monkeypatch):
     """The CPU kernel's tiles do not change its result."""
     monkeypatch.setattr(cpu, "TILE_BYTES", 1)

@@ -1,5 +1,6 @@
 """Plans that vLLM could not serve are refused with what is accepted and the remedy."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from vllm_svd.attention import layer as attention
 from vllm_svd.errors import SvdError, UnsupportedModelError
 from vllm_svd.format import KVProjection, SvdCheckpointConfig
+from vllm_svd.kernels import native as machine_code
 from vllm_svd.kernels import products
 from vllm_svd.quantization import config as quantization
 
@@ -110,10 +112,11 @@ def test_every_refusal_is_listed():
     ],
 )
 def test_only_equal_post_ranks_the_backend_lists_ride_its_kernel(monkeypatch, given, native):
-    for emulates in (False, True):
+    for emulates, numba in itertools.product((False, True), repeat=2):
         monkeypatch.setattr(products, "_EMULATES_BF16", emulates)
+        monkeypatch.setattr(machine_code, "is_there", lambda numba=numba: numba)
         for backend in attention.NATIVE_BACKENDS:
-            expected = native and not (emulates and backend == "CPU_ATTN")
+            expected = native and not (emulates and numba and backend == "CPU_ATTN")
             assert attention._native_head_size(layer(backend), given) is expected
         assert not attention._native_head_size(layer("FLASHINFER"), given)
 

@@ -1,8 +1,9 @@
 """An attention layer whose paged cache holds latents of its keys and values.
 
-On a GPU the projections stand around vLLM's own attention ops, inside the traced graph, so that
-torch.compile may fuse them with what the model does before and after. On a CPU, where a decode step
-is mostly the cost of starting operators, they are part of the ops, and of their machine code.
+On a GPU, and where vLLM's own kernel serves, the projections stand around vLLM's attention ops,
+inside the traced graph, so that torch.compile may fuse them with what the model does before and
+after. In our own ops for CPUs, where a decode step is mostly the cost of starting operators, they
+are part of the ops, and of their machine code.
 """
 
 from dataclasses import replace
@@ -21,7 +22,7 @@ from vllm_svd.compat import (
 )
 from vllm_svd.errors import UnsupportedModelError
 from vllm_svd.format import KVProjection
-from vllm_svd.kernels import products
+from vllm_svd.kernels import native, products
 from vllm_svd.kernels.products import of_query_heads, project
 
 # Backends that serve any head size they list when constructed as Attention constructs them.
@@ -130,8 +131,8 @@ def _native_head_size(layer: Attention, projection: KVProjection) -> bool:
     Its metadata builders plan for the model's own number of KV heads: groups are not for them. CPUs
     without units for half precision serve short batches faster with projections in one call.
     """
-    on_plain_cpu = layer.attn_backend.get_name() == CPU_BACKEND and products.emulates_halves()
-    return not on_plain_cpu and (
+    on_cpu = layer.attn_backend.get_name() == CPU_BACKEND
+    return not (on_cpu and products.emulates_bf16() and native.is_there()) and (
         projection.mode == "post"
         and projection.group == 1
         and not projection.k_tiers

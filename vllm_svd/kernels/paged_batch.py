@@ -29,7 +29,7 @@ class PagedBatch:
     num_tokens: int
     """Query tokens of this step; further rows of the query are padding."""
     max_query_len: int
-    """Query tokens of any request, at most."""
+    """Query tokens of any request, at most: kernels reserve memory for so many."""
 
 
 class Rope(NamedTuple):

@@ -17,7 +17,7 @@ FEW_ROWS = 4
 TILE_ELEMENTS = 1 << 24
 
 
-def emulates_halves() -> bool:
+def emulates_bf16() -> bool:
     """Whether this machine's CPU has no units for products in bf16."""
     return _EMULATES_BF16
 

@@ -5,7 +5,6 @@ import torch
 from vllm_svd.kernels.latent_attention import compiled, cpu
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
-from vllm_svd.kernels.products import of_query_heads
 
 
 def prepare(device: torch.device) -> None:
@@ -40,8 +39,10 @@ def attend(
     kv_cache [blocks, groups, block size, layout.width] holds z_k and z_v as `layout` says; each
     group is read by as many query heads. With `rope` the keys are RoPE(k_up z_k) at each token's
     position (k_up [KV heads, d, k_rank], KV heads a multiple of groups) and query [tokens, heads,
-    d] is already rotated. Without, the keys are z_k, and query is [.., k_rank], or with k_up
-    [.., d] and multiplied by it. With v_up [KV heads, d, v_rank] so is the output, [.., d].
+    d] is already rotated. Without, the keys are z_k and query is [.., k_rank].
+
+    A CPU also takes the bases of the other projections: without `rope`, k_up multiplies a query
+    [.., d]; v_up [KV heads, d, v_rank] multiplies the output, [.., d].
     """
     if not query.is_cuda:
         cpu.attend(
@@ -59,19 +60,16 @@ def attend(
         return
     from vllm_svd.kernels.latent_attention import triton
 
-    if k_up is not None and rope is None:
-        query, k_up = of_query_heads(query, k_up), None
-    mixed = output if v_up is None else output.new_empty(*output.shape[:2], layout.v_rank)
+    if v_up is not None or (k_up is not None and rope is None):
+        raise ValueError("latent_attention on a GPU leaves projections to its caller")
     triton.attend(
         query,
         kv_cache,
         batch,
-        mixed,
+        output,
         scale=scale,
         layout=layout,
         k_up=k_up,
         rope=rope,
         sliding_window=sliding_window,
     )
-    if v_up is not None:
-        output.copy_(of_query_heads(mixed, v_up.transpose(1, 2)))

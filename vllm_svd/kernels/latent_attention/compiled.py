@@ -86,8 +86,8 @@ def attend(
     """
     place = (
         *(query.dtype, query.shape[1], query.stride(), output.dtype, output.stride()),
-        *(kv_cache.data_ptr(), len(kv_cache), kv_cache.stride(), scale, sliding_window),
-        *(_address(k_up), _address(v_up), rope and rope.cos_sin.data_ptr()),
+        *(kv_cache.data_ptr(), kv_cache.dtype, len(kv_cache), kv_cache.stride()),
+        *(_address(k_up), _address(v_up), rope and rope.cos_sin.data_ptr(), sliding_window),
     )
     layer: Layer | None = layout.memo.get("attend")
     if layer is None or layer.place != place:
@@ -148,7 +148,7 @@ def _layer(
         raise ValueError("latent_attention on a CPU needs tensors of contiguous rows")
     (_, groups, block_size, _), (_, heads, width) = kv_cache.shape, query.shape
     up = v_up if k_up is None else k_up
-    kv_heads, rebuilt = groups if up is None else len(up), rope is not None
+    kv_heads, rebuilt = groups if up is None else len(up), rope is not None and k_up is not None
     v_width = 0 if v_up is None else v_up.shape[1]
     tiers, arrays = _tiers(layout)
     memory = kv_cache.untyped_storage()
@@ -212,7 +212,7 @@ def _work(sizes: Sizes, requests: int, most_tokens: int, threads: int) -> Work:
         "s_total": rows,
         "s_row": max(width, LANES * k_rank, v_width),
         "s_spare": max(k_rank, v_rank),
-        "s_slot": 2 * (k_rank + v_rank) + CHUNK,  # at most a byte and a scale of each channel
+        "s_slot": k_rank + v_rank + CHUNK,  # bytes: a code and a scale for each channel, at most
     }
     offsets, end = {}, 0
     for name, count in floats.items():

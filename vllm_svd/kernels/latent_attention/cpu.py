@@ -36,8 +36,8 @@ def attend(
     v_up: torch.Tensor | None = None,
 ) -> None:
     """See vllm_svd.kernels.latent_attention."""
-    few, many = _split(batch)
-    served = few is not None and compiled.attend(
+    few, blocks = _split(batch)
+    if few is not None and not compiled.attend(
         query,
         kv_cache,
         few,
@@ -48,14 +48,13 @@ def attend(
         v_up=v_up,
         rope=rope,
         sliding_window=sliding_window,
-    )
-    if not served:
-        many = _longer_than(0, batch)
-    if not many:
+    ):
+        blocks = _blocks(_longer_than(0, batch), batch)
+    if not blocks:
         return
     up = None if k_up is None else k_up.float().transpose(1, 2)
-    for query_length, blocks in _blocks(many, batch).items():
-        requests, firsts, lengths = (list(column) for column in zip(*blocks, strict=True))
+    for query_length, runs in blocks.items():
+        requests, firsts, lengths = (list(column) for column in zip(*runs, strict=True))
         rows = torch.tensor(firsts)[:, None] + torch.arange(query_length)
         queries = query[rows].float() * (scale * compiled.LOG2_E)
         if k_up is not None and rope is None:
@@ -75,8 +74,12 @@ def attend(
         output[rows] = result.to(output.dtype)
 
 
-def _blocks(requests: list[int], batch: PagedBatch) -> dict[int, list[tuple[int, int, int]]]:
-    """Runs of query tokens, by their length: the request, first token, tokens that the last sees.
+Blocks = dict[int, list[tuple[int, int, int]]]
+"""Runs of query tokens, by their length: request, first token, tokens that the last one sees."""
+
+
+def _blocks(requests: list[int], batch: PagedBatch) -> Blocks:
+    """Query tokens of these requests in runs of at most QUERY_BLOCK.
 
     A run attends to what its last token sees: shorter runs waste less of what lies above the
     diagonal. Longest contexts first, so that those still alive in a tile are a prefix.
@@ -92,15 +95,14 @@ def _blocks(requests: list[int], batch: PagedBatch) -> dict[int, list[tuple[int,
 
 
 @once_per_batch
-def _split(batch: PagedBatch) -> tuple[compiled.FewTokens | None, list[int]]:
-    """Requests of a few query tokens, and of many."""
+def _split(batch: PagedBatch) -> tuple[compiled.FewTokens | None, Blocks]:
+    """Requests of a few query tokens, and blocks of those of many."""
     if batch.max_query_len <= FEW_TOKENS:
-        return compiled.FewTokens.of(batch, batch.max_query_len), []
+        return compiled.FewTokens.of(batch, batch.max_query_len), {}
     many = _longer_than(FEW_TOKENS, batch)
     few = sorted({*_longer_than(0, batch)} - {*many})
-    if not few:
-        return None, many
-    return compiled.FewTokens.of(batch, FEW_TOKENS, torch.tensor(few)), many
+    chosen = compiled.FewTokens.of(batch, FEW_TOKENS, torch.tensor(few)) if few else None
+    return chosen, _blocks(many, batch)
 
 
 def _longer_than(tokens: int, batch: PagedBatch) -> list[int]:
@@ -162,7 +164,7 @@ def _attend_equal_queries(
             hidden = distance < 0
             if sliding_window is not None:
                 hidden |= distance >= sliding_window
-            scores[..., seen:] += torch.where(hidden, -torch.inf, 0.0)
+            scores[..., seen:].masked_fill_(hidden, -torch.inf)  # whatever was there, as NaN
 
         before = highest[:, :alive]
         after = torch.maximum(before, scores.amax(dim=-1, keepdim=True))

@@ -58,16 +58,19 @@ def store(
     False, and nothing written, where numba is missing or a dtype is not known. Python's own time
     counts here: a step of one request does this for every layer.
     """
+    if not native.is_there():
+        return False
     tokens = len(slot_mapping)
     if down is not None and tokens * (down[0].numel() + down[1].numel()) > FEW_PRODUCTS:
         key, value, down = project(key, down[0]), project(value, down[1]), None
     place = (
-        *(key.dtype, key.stride(), value.stride(), kv_cache.data_ptr(), kv_cache.stride()),
-        *(() if down is None else (down[0].data_ptr(), down[1].data_ptr())),
+        *(key.dtype, key.stride(), value.dtype, value.stride()),
+        *(kv_cache.data_ptr(), kv_cache.dtype, kv_cache.stride()),
+        *(() if down is None else (down[0].data_ptr(), down[1].data_ptr(), down[0].dtype)),
     )
     layer: Layer | None = layout.memo.get("store")
     if layer is None or layer.place != place:
-        if not usable(key, kv_cache, down):
+        if not usable(key, value, kv_cache, down):
             return False
         layer = layout.memo["store"] = _layer(place, key, value, kv_cache, layout, down)
     slots = slot_mapping if slot_mapping.dtype == torch.int64 else slot_mapping.long()
@@ -79,11 +82,15 @@ def store(
 
 
 def usable(
-    key: torch.Tensor, kv_cache: torch.Tensor, down: tuple[torch.Tensor, torch.Tensor] | None
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    down: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> bool:
-    """Whether numba is there and these dtypes are known."""
-    known = key.dtype in KINDS and (kv_cache.dtype in KINDS or kv_cache.dtype == torch.uint8)
-    return known and (down is None or down[0].dtype in KINDS) and native.is_there()
+    """Whether these dtypes are known, and those of keys and values equal."""
+    pairs = [(key, value)] if down is None else [(key, value), down]
+    known = all(one.dtype == other.dtype and one.dtype in KINDS for one, other in pairs)
+    return known and (kv_cache.dtype in KINDS or kv_cache.dtype == torch.uint8)
 
 
 class Layer(NamedTuple):

@@ -1,4 +1,4 @@
-"""Defines latent_store; also its CPU path without tiers, since that is one indexed write."""
+"""Defines latent_store; also its CPU path where numba is missing."""
 
 import torch
 
