@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,18 @@ def tokens(result: dict[str, Any], number: int = 0) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def deviations(result: dict[str, Any], model: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """vLLM's log-probabilities of prompt and generated tokens minus those of transformers."""
+def deviations(
+    result: dict[str, Any],
+    model: Path,
+    prompts: list[list[int]],
+    change: Callable[[torch.nn.Module], None] = lambda _: None,
+) -> torch.Tensor:
+    """vLLM's log-probabilities of prompt and generated tokens minus those of transformers.
+
+    `change` is made to the network of the latter.
+    """
     network = reference.load(model, "cpu", torch.float32)
+    change(network)
     found = []
     for prompt, request in zip(prompts, result["rounds"][0], strict=True):
         ids = torch.tensor(prompt + request["tokens"])

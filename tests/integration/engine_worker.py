@@ -1,8 +1,8 @@
 """Run real vLLM engines one after another in this process: `engine_worker.py SPEC RESULT`.
 
-SPEC maps case names to {model, engine, prompts, max_tokens, rounds, half_units}; RESULT maps them
-to what vLLM returned, or to {"error": message}. Engines live in this process (no engine subprocess)
-unless the case asks for tensor parallelism, so that a start costs seconds.
+SPEC maps case names to {model, engine, prompts, max_tokens} and what run_case reads beside; RESULT
+maps them to what vLLM returned, or to {"error": message}. Engines live in this process (no engine
+subprocess) unless the case asks for tensor parallelism, so that a start costs seconds.
 """
 
 import gc
@@ -16,6 +16,7 @@ from typing import Any
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import BeamSearchParams
 
     from vllm_svd.kernels import products
@@ -44,8 +45,12 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         for number in range(case.get("rounds", 2))
     ]
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in case["prompts"]]
+    lora = LoRARequest("adapter", 1, case["lora"]) if "lora" in case else None
     rounds = [
-        [_request(output) for output in llm.generate(prompts, parameters, use_tqdm=False)]
+        [
+            _request(output)
+            for output in llm.generate(prompts, parameters, use_tqdm=False, lora_request=lora)
+        ]
         for parameters in sampling
     ]
     beams = []
@@ -65,6 +70,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "block_size": cache.block_size,
         "implementations": sorted({type(layer.impl).__name__ for layer in layers.values()}),
         "preemptions": metrics["vllm:num_preemptions"],
+        "accepted_drafts": metrics.get("vllm:spec_decode_num_accepted_tokens"),
     }
 
 

@@ -2,13 +2,13 @@
 
 import torch
 
-from vllm_svd.attention.layer import latents
+from vllm_svd.kernels.products import project
 
 
 def test_latents_are_contiguous_for_vllms_store_kernels():
     """Kernels that store keys on CUDA step through heads without asking for their stride."""
     x, down = torch.randn(5, 8, 16), torch.randn(8, 4, 16)
-    found = latents(x, down)
+    found = project(x, down)
     assert found.shape == (5, 8, 4) and found.is_contiguous()
     torch.testing.assert_close(found, torch.stack([x[:, h] @ down[h].T for h in range(8)], dim=1))
 
