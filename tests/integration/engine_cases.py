@@ -163,9 +163,9 @@ def deviations(
     prompts: list[list[int]],
     change: Callable[[torch.nn.Module], None] = lambda _: None,
 ) -> torch.Tensor:
-    """vLLM's log-probabilities of prompt and generated tokens minus those of transformers.
+    """vLLM's log-probabilities minus those of transformers, to whose network `change` is made.
 
-    `change` is made to the network of the latter.
+    Of generated tokens, and of prompts where vLLM was asked for those.
     """
     network = reference.load(model, "cpu", torch.float32)
     change(network)
@@ -174,6 +174,6 @@ def deviations(
         ids = torch.tensor(prompt + request["tokens"])
         logprobs = network(ids[None]).logits[0, :-1].double().log_softmax(-1)
         expected = logprobs.gather(1, ids[1:, None])[:, 0]
-        served = torch.tensor(request["prompt_logprobs"] + request["logprobs"]).double()
-        found.append(served - expected)
+        served = [*(request["prompt_logprobs"] or []), *request["logprobs"]]
+        found.append(torch.tensor(served).double() - expected[-len(served) :])
     return torch.cat(found)
