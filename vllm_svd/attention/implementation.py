@@ -63,21 +63,10 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         output_scale: torch.Tensor | None = None,  # noqa: ARG002
         output_block_scale: torch.Tensor | None = None,  # noqa: ARG002
     ) -> torch.Tensor:
-        """query [tokens, heads, d or k_rank]; output [tokens, heads, v_rank] is written."""
-        k_up = layer.k_up if self.rotary else None
-        return self._attend(query, kv_cache, attn_metadata, output, k_up, None)
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: LatentMetadata | None,
-        output: torch.Tensor,
-        k_up: torch.Tensor | None,
-        v_up: torch.Tensor | None,
-    ) -> torch.Tensor:
+        """query [tokens, heads, d or k_rank]; output [tokens, heads, v_rank or d] is written."""
         if attn_metadata is None:  # profiling run: no cache yet
             return output.fill_(0)
+        k_up, v_up = self._bases(layer)
         rope = None
         if self.rotary is not None:
             rope = Rope(self.rotary.cos_sin_cache, self.rotary.is_neox_style)
@@ -94,6 +83,10 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
             sliding_window=self.sliding_window,
         )
         return output
+
+    def _bases(self, layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What the kernel multiplies with: k_up where it rebuilds keys, or queries; v_up."""
+        return layer.k_up if self.rotary else None, None
 
 
 class ProjectingImpl(LatentImpl):
@@ -112,18 +105,7 @@ class ProjectingImpl(LatentImpl):
         down = (bases["k_down"], bases["v_down"])
         latent_store.store(key, value, kv_cache, slot_mapping, self.layout, down)
 
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,  # noqa: ARG002
-        value: torch.Tensor,  # noqa: ARG002
-        kv_cache: torch.Tensor,
-        attn_metadata: LatentMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,  # noqa: ARG002
-        output_block_scale: torch.Tensor | None = None,  # noqa: ARG002
-    ) -> torch.Tensor:
-        """query and output [tokens, heads, d]."""
+    def _bases(self, layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Both: queries and outputs are [tokens, heads, d]."""
         bases = layer._parameters
-        return self._attend(query, kv_cache, attn_metadata, output, bases["k_up"], bases["v_up"])
+        return bases["k_up"], bases["v_up"]
