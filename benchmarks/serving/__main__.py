@@ -9,6 +9,7 @@ import typer
 
 from benchmarks.serving import output, report, table
 from benchmarks.serving.errors import BenchmarkError
+from benchmarks.serving.names import named
 from benchmarks.serving.progress import console, step
 from benchmarks.serving.protocol import Protocol
 from benchmarks.serving.run import compare
@@ -64,7 +65,7 @@ def main(
             start_timeout=start_timeout,
             load_timeout=load_timeout,
         )
-        models = {"dense": dense} | _named(compressed)
+        models = {"dense": dense} | named(compressed)
         output.prepare(out)
         comparison = compare(models, text, protocol, out)
         with step("report") as current:
@@ -73,19 +74,6 @@ def main(
         console.print(f"\nError: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
     console.print(table.terminal(comparison), soft_wrap=False)
-
-
-def _named(given: list[str]) -> dict[str, Path]:
-    named: dict[str, Path] = {}
-    for item in given:
-        name, equals, directory = item.partition("=")
-        if not equals or not name.isidentifier() or name in {"dense", *named}:
-            raise BenchmarkError(
-                f"--compressed {item} is not accepted: NAME=DIR with a NAME of letters, digits "
-                "and _, each name once and none of them dense."
-            )
-        named[name] = Path(directory)
-    return named
 
 
 if __name__ == "__main__":

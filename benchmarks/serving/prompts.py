@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from benchmarks.serving.errors import BenchmarkError
 
@@ -15,6 +15,19 @@ def cut(model: Path, text: Path, count: int, length: int) -> list[str]:
     Every passage starts elsewhere, so that no repeat is answered from the prefix cache. Raises
     BenchmarkError where tokenizer or text cannot be read, or the text is too short.
     """
+    content, encoding, starts = _spread(model, text, count, length)
+    spans = encoding.offsets
+    return [content[spans[start][0] : spans[start + length - 1][1]] for start in starts]
+
+
+def cut_ids(model: Path, text: Path, count: int, length: int) -> list[list[int]]:
+    """The tokens of the passages that `cut` gives."""
+    _, encoding, starts = _spread(model, text, count, length)
+    return [encoding.ids[start : start + length] for start in starts]
+
+
+def _spread(model: Path, text: Path, count: int, length: int) -> tuple[str, Encoding, list[int]]:
+    """The text, its tokens, and the first token of each passage."""
     file = model / "tokenizer.json"
     if not file.is_file():
         raise BenchmarkError(
@@ -35,15 +48,13 @@ def cut(model: Path, text: Path, count: int, length: int) -> list[str]:
             "Remedy: copy the model's tokenizer.json again."
         ) from None
     encoding = tokenizer.encode(content, add_special_tokens=False)
-    spans = encoding.offsets
-    last = len(spans) - length
+    last = len(encoding.ids) - length
     if last < count:
         raise BenchmarkError(
-            f"{text} has {len(spans)} tokens, too few for {count} prompts of {length} tokens.\n"
+            f"{text} has {len(encoding.ids)} tokens, too few for {count} prompts of {length} tokens.\n"
             "Remedy: a longer --text, or lower --requests, --repeats or --input-len."
         )
-    starts = [index * last // count for index in range(count)]
-    return [content[spans[start][0] : spans[start + length - 1][1]] for start in starts]
+    return content, encoding, [index * last // count for index in range(count)]
 
 
 def deal(passages: list[str], repeats: int) -> Iterator[list[str]]:

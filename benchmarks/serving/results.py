@@ -76,6 +76,6 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def command_line() -> str:
+def command_line(module: str = "benchmarks.serving") -> str:
     """The command that was given."""
-    return " ".join(["python -m benchmarks.serving", *sys.argv[1:]])
+    return " ".join([f"python -m {module}", *sys.argv[1:]])
