@@ -12,15 +12,9 @@ import torch
 from vllm_svd import codec
 from vllm_svd.kernels import native
 from vllm_svd.kernels.latent_attention import team
-from vllm_svd.kernels.latent_attention.team import (
-    AHEAD,
-    ITEMS_PER_THREAD,
-    LANES,
-    PLAN_COLUMNS,
-    TILE,
-)
+from vllm_svd.kernels.latent_attention.team import ITEMS_PER_THREAD, PLAN_COLUMNS, TILE
 from vllm_svd.kernels.latent_layout import LatentLayout
-from vllm_svd.kernels.native import CHUNK, KINDS, lines, strided
+from vllm_svd.kernels.native import KINDS, LANES, lines, strided
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
 
 # Parts of fewer tokens cost more to start and to combine than they balance.
@@ -77,6 +71,7 @@ def attend(
     k_up: torch.Tensor | None,
     rope: Rope | None,
     sliding_window: int | None,
+    soft_cap: float | None = None,
     v_up: torch.Tensor | None = None,
 ) -> bool:
     """See vllm_svd.kernels.latent_attention; of a batch these requests alone.
@@ -97,7 +92,8 @@ def attend(
         layer = layout.memo["attend"] = _layer(place, *fixed)
     work = _work(layer.sizes, few.num_requests, few.most_tokens, torch.get_num_threads())
     scratch = native.scratch(work.size)
-    call = team.pack_call(scale * LOG2_E, query.data_ptr(), output.data_ptr(), scratch)
+    addresses = query.data_ptr(), output.data_ptr(), scratch
+    call = team.pack_call(scale * LOG2_E, (soft_cap or 0) * LOG2_E, *addresses)
     arguments = b"".join((call, few.packed, layer.packed, work.packed))
     native.run(team.team(), arguments, work.threads)
     return True
@@ -115,8 +111,8 @@ def usable(
     return stored and known <= {*KINDS} and native.is_there()
 
 
-Sizes = tuple[int, int, int, int, int, int, bool]
-"""KV heads, query heads of each, width of a query, k_rank, v_rank, width of an output, rebuilt."""
+Sizes = tuple[int, int, int, int, int, int, int]
+"""KV heads, query heads of each, channels of a query, k_rank, v_rank, of an output, of angles."""
 
 
 class Layer(NamedTuple):
@@ -164,7 +160,8 @@ def _layer(
     }
     if rope is not None:
         arguments |= {"rotary_dim": rope.cos_sin.shape[-1], "is_neox": rope.is_neox}
-    sizes = (kv_heads, heads // kv_heads, width, layout.k_rank, layout.v_rank, v_width, rebuilt)
+    rotary_dim = arguments.get("rotary_dim", 0)
+    sizes = kv_heads, heads // kv_heads, width, layout.k_rank, layout.v_rank, v_width, rotary_dim
     return Layer(place, native.packed(team.LAYER, arguments), sizes, arrays)
 
 
@@ -192,27 +189,32 @@ class Work(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _work(sizes: Sizes, requests: int, most_tokens: int, threads: int) -> Work:
     """States of parts come first in the scratch, then the scratch of each thread."""
-    kv_heads, group, width, k_rank, v_rank, v_width, rebuilt = sizes
+    kv_heads, group, width, k_rank, v_rank, v_width, rotary_dim = sizes
     rows = group * most_tokens
     # Parts at most: one per head and request, and those that are cut off by length.
     parts = kv_heads * requests + threads * ITEMS_PER_THREAD
     states = lines(parts * rows * (v_rank + 2) * 4)
-    key_width = -(-width // LANES) * LANES if rebuilt else k_rank
+    k_stride, v_stride, v_up_stride = (-(-n // LANES) * LANES for n in (k_rank, v_rank, v_width))
+    widest = max(width, k_stride, v_up_stride)
+    query_stride = -(-widest // LANES) * LANES
     floats = {
         "plan": (requests + 1) * PLAN_COLUMNS * 2,
-        "s_up": key_width * k_rank * rebuilt,
-        "s_query": rows * key_width,
-        "s_keys": (TILE + AHEAD) * key_width * rebuilt,
-        "s_k": (TILE + AHEAD) * k_rank + CHUNK,
-        "s_v": TILE * v_rank + CHUNK,
-        "s_weights": rows * TILE + AHEAD,
-        "s_power": TILE,
-        "s_mixed": rows * v_rank,
+        "s_loaded": 4,
+        "s_up": width * k_stride,
+        "s_v_up": v_stride * v_up_stride,
+        "s_query": rows * query_stride,
+        "s_result": rows * query_stride,
+        "s_slots": LANES * (max(query_stride, v_stride) + LANES),
+        "s_latents": k_stride * TILE,
+        "s_keys": width * TILE,
+        "s_angles": -(-rotary_dim // LANES) * LANES * TILE,
+        "s_v": TILE * (v_stride + LANES),
+        "s_weights": rows * TILE,
+        "s_mixed": rows * v_stride,
         "s_highest": rows,
         "s_total": rows,
-        "s_row": max(width, LANES * k_rank, v_width),
-        "s_spare": max(k_rank, v_rank),
-        "s_slot": k_rank + v_rank + CHUNK,  # bytes: a code and a scale for each channel, at most
+        "s_row": width,
+        "s_slot": k_rank + v_rank + LANES,  # bytes: a code and a scale for each channel, at most
     }
     offsets, end = {}, 0
     for name, count in floats.items():
@@ -221,25 +223,21 @@ def _work(sizes: Sizes, requests: int, most_tokens: int, threads: int) -> Work:
     del offsets["plan"]  # it comes first
     arguments = offsets | {
         **{"max_rows": rows, "num_threads": threads, "threads_scratch": states},
-        **{"scratch_stride": end, "key_width": key_width},
+        "scratch_stride": end,
     }
     counters = bytes(8 * (2 + kv_heads * requests))
     return Work(threads, states + threads * end, native.packed(team.MEMORY, arguments) + counters)
 
 
 def _tiers(layout: LatentLayout) -> tuple[dict[str, int], Any]:
-    """Where the tiers lie and the values of scales and fp8 codes, as addresses and arrays."""
+    """Where the tiers lie and the values of scales, as addresses and arrays."""
     if not layout.quantised:
         return {}, None
     keys, values = layout.run_numbers
     scales = codec.scales().numpy()
-    fp8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
     addresses = {
-        "k_runs": keys.ctypes.data,
-        "k_num_runs": len(keys),
-        "v_runs": values.ctypes.data,
-        "v_num_runs": len(values),
+        **{"k_runs": keys.ctypes.data, "k_num_runs": len(keys)},
+        **{"v_runs": values.ctypes.data, "v_num_runs": len(values)},
         "scale_table": scales.ctypes.data,
-        "fp8_table": fp8.ctypes.data,
     }
-    return addresses, (keys, values, scales, fp8)
+    return addresses, (keys, values, scales)

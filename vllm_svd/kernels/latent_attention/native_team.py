@@ -10,25 +10,19 @@ import numpy as np
 from numba import carray, cfunc, types
 
 from vllm_svd.kernels.latent_attention.native_tiles import (
-    add_product,
+    cap,
     channel,
-    dot,
     exp2,
     fill,
     largest,
-    rebuild,
-    transpose,
+    rotate,
 )
-from vllm_svd.kernels.latent_attention.team import (
-    FIELDS,
-    ITEMS_PER_THREAD,
-    LANES,
-    PLAN_COLUMNS,
-    TILE,
-)
-from vllm_svd.kernels.native import CHUNK, TIERS
+from vllm_svd.kernels.latent_attention.team import FIELDS, ITEMS_PER_THREAD, PLAN_COLUMNS, TILE
+from vllm_svd.kernels.native import LANES, TIERS
 from vllm_svd.kernels.native.codec import decode
 from vllm_svd.kernels.native.memory import (
+    BFLOAT16,
+    FLOAT32,
     address,
     compiled,
     copy,
@@ -36,12 +30,16 @@ from vllm_svd.kernels.native.memory import (
     floats,
     ints,
     narrow,
+    whole,
     widen,
     words,
 )
-from vllm_svd.kernels.native.products import times, times_rows
+from vllm_svd.kernels.native.products import product, product_of_halves
+from vllm_svd.kernels.native.transpose import transpose
 
-ARGUMENTS = np.dtype([("scale", np.float64)] + [(name, np.int64) for name in FIELDS[1:]])
+ARGUMENTS = np.dtype(
+    [(name, np.float64) for name in FIELDS[:2]] + [(name, np.int64) for name in FIELDS[2:]]
+)
 COUNTS = 8 * len(FIELDS)
 
 
@@ -60,7 +58,8 @@ def _plan(c, base):
         first, length = np.int64(starts[request]), np.int64(lengths[request])
         tokens = np.int64(starts[request + 1]) - first
         row[0], row[1], row[2] = first, tokens, length
-        row[3], row[6] = max(length - tokens - c.window + 1, 0), request
+        # Whole vectors of tokens lie in one page.
+        row[3], row[6] = max(length - tokens - c.window + 1, 0) // LANES * LANES, request
         total += length - row[3]
     even = total * c.kv_heads // (c.num_threads * ITEMS_PER_THREAD) + 1
     part = (max(even, c.least_part) + TILE - 1) // TILE * TILE
@@ -75,131 +74,180 @@ def _plan(c, base):
 
 @compiled
 def _load_up(c, head, base):
-    """The head's k_up, transposed, in strips [k_rank, LANES] of channels; zero where none are."""
-    rank = c.k_rank
-    for first in range(0, c.key_width, LANES):
-        for lane in range(LANES):
-            i = channel(first + lane, c.rotary_dim, c.is_neox)
-            if i < c.width:
-                address = c.k_up + head * c.k_up_stride_0 + i * c.k_up_stride_1
-                widen(c.k_up_kind, address, rank, base + c.s_row + 4 * lane * rank)
-            else:
-                fill(base + c.s_row + 4 * lane * rank, rank, 0)
-        transpose(base + c.s_row, rank, base + c.s_up + 4 * first * rank)
+    """The head's k_up [d, k_rank], of rebuilt keys in the order of `channel`."""
+    stride, basis = 4 * whole(c.k_rank), c.k_up + head * c.k_up_stride_0
+    for i in range(c.width):
+        row = channel(i, c.rotary_dim, c.is_neox) if c.rebuilt else i
+        source = basis + row * c.k_up_stride_1
+        widen(c.k_up_kind, source, c.k_rank, base + c.s_up + i * stride)
+
+
+@compiled
+def _load_v_up(c, head, base):
+    """The head's v_up, transposed: [v_rank, d]."""
+    stride, basis = 4 * whole(c.v_width), c.v_up + head * c.v_up_stride_0
+    for i in range(0, c.v_width, LANES):
+        source, target = basis + i * c.v_up_stride_1, base + c.s_v_up + 4 * i
+        here = min(LANES, c.v_width - i)
+        spare = base + c.s_slots
+        transpose(source, c.v_up_kind, c.v_up_stride_1, here, c.v_rank, target, stride, spare)
+
+
+@compiled
+def _query_stride(c):
+    return 4 * whole(max(c.width, c.k_rank, c.v_width))
 
 
 @compiled
 def _load_query(c, head, first_row, tokens, base):
     """Scaled; for rebuilt keys in the order of `channel`, else in the latents' space."""
-    row, scale = floats(base + c.s_row), np.float32(c.scale)
-    basis, spare = c.k_up + head * c.k_up_stride_0, base + c.s_spare
+    row, scale, stride = floats(base + c.s_row), np.float32(c.scale), _query_stride(c)
+    projected = c.k_up != 0 and not c.rebuilt
+    place = base + (c.s_result if projected else c.s_query)
     for token in range(tokens):
         for member in range(c.group):
-            place = base + c.s_query + 4 * c.key_width * (token * c.group + member)
-            target = floats(place)
-            address = c.query + (first_row + token) * c.query_stride_0
-            address += (head * c.group + member) * c.query_stride_1
-            widen(c.query_kind, address, c.width, base + c.s_row)
+            target = floats(place + stride * (token * c.group + member))
+            source = c.query + (first_row + token) * c.query_stride_0
+            source += (head * c.group + member) * c.query_stride_1
+            widen(c.query_kind, source, c.width, base + c.s_row)
             if c.rebuilt:
                 for i in range(c.width):
                     target[i] = row[channel(i, c.rotary_dim, c.is_neox)] * scale
-                for i in range(c.width, c.key_width):
-                    target[i] = 0
-                continue
-            for i in range(c.width):
-                row[i] *= scale
-            if c.k_up != 0:
-                kind, stride = c.k_up_kind, c.k_up_stride_1
-                times_rows(base + c.s_row, basis, kind, stride, c.width, c.k_rank, place, spare)
             else:
-                for i in range(c.k_rank):
-                    target[i] = row[i]
+                for i in range(c.width):
+                    target[i] = row[i] * scale
+    if projected:
+        rows, up, columns = tokens * c.group, base + c.s_up, whole(c.k_rank)
+        out = base + c.s_query
+        product(place, stride, rows, up, 4 * columns, 0, c.width, out, stride, columns, 0)
+
+
+@compiled
+def _value_stride(c):
+    return 4 * (whole(c.v_rank) + LANES)  # decoding writes beyond a row
+
+
+@compiled
+def _load_slots(c, source, count, keys, values, base):
+    """Latents of so many neighbouring slots; the keys as rows only where they have tiers."""
+    k_stride, v_stride = 4 * (whole(c.k_rank) + LANES), _value_stride(c)
+    stride = c.cache_stride_2
+    if c.cache_kind != TIERS:
+        for t in range(count):
+            entry = source + t * stride + c.k_rank * c.cache_item
+            widen(c.cache_kind, entry, c.v_rank, values + t * v_stride)
+        return
+    if source + (count - 1) * stride + c.slot_width + LANES > c.cache_end:
+        for t in range(count):
+            slot = base + c.s_slot
+            copy(source + t * stride, c.slot_width, slot)
+            key, value = keys + t * k_stride, values + t * v_stride
+            decode(slot, 0, 1, c.k_runs, c.k_num_runs, c.scale_table, key, k_stride)
+            decode(slot, 0, 1, c.v_runs, c.v_num_runs, c.scale_table, value, v_stride)
+        return
+    decode(source, stride, count, c.k_runs, c.k_num_runs, c.scale_table, keys, k_stride)
+    decode(source, stride, count, c.v_runs, c.v_num_runs, c.scale_table, values, v_stride)
 
 
 @compiled
 def _load_latents(c, table, group, first, count, base):
-    """Key and value latents of `count` positions from `first`, page by page."""
-    blocks, done, kind, stride = words(table), 0, c.cache_kind, c.cache_stride_2
-    k_rank, v_rank, k_bytes = c.k_rank, c.v_rank, c.k_rank * c.cache_item
-    keys, values = base + c.s_k, base + c.s_v
-    while done < count:
+    """Of `count` positions from `first` the key latents, transposed; address of the value latents.
+
+    That is in the page where they can be read there.
+    """
+    blocks, kind, stride, spare = words(table), c.cache_kind, c.cache_stride_2, base + c.s_slots
+    k_stride, in_place = 4 * (whole(c.k_rank) + LANES), base + c.s_v
+    for done in range(0, count, LANES):
+        here, target = min(LANES, count - done), base + c.s_latents + 4 * done
+        values = base + c.s_v + done * _value_stride(c)
         block, slot = divmod(first + done, c.block_size)
-        address = c.cache + np.int64(blocks[block]) * c.cache_stride_0
-        address += group * c.cache_stride_1 + slot * stride
-        here = min(count - done, c.block_size - slot)
-        for _ in range(here):
-            if kind == TIERS:
-                entries = address
-                if address + c.slot_width + CHUNK > c.cache_end:
-                    entries = base + c.s_slot
-                    copy(address, c.slot_width, entries)
-                decode(entries, c.k_runs, c.k_num_runs, c.scale_table, c.fp8_table, keys)
-                decode(entries, c.v_runs, c.v_num_runs, c.scale_table, c.fp8_table, values)
-            else:
-                widen(kind, address, k_rank, keys)
-                widen(kind, address + k_bytes, v_rank, values)
-            address, keys, values = address + stride, keys + 4 * k_rank, values + 4 * v_rank
-        done += here
+        page = c.cache + np.int64(blocks[block]) * c.cache_stride_0 + group * c.cache_stride_1
+        source, begin = page + slot * stride, 0
+        in_page = c.v_rank % LANES == 0 and slot + count <= c.block_size
+        if done == 0 and kind in (FLOAT32, BFLOAT16) and in_page:
+            in_place = source + c.k_rank * c.cache_item
+        if kind != TIERS and slot + here <= c.block_size:
+            if in_place == base + c.s_v:
+                _load_slots(c, source, here, spare, values, base)
+            transpose(source, kind, stride, here, c.k_rank, target, 4 * TILE, spare)
+            continue
+        while begin < here:  # one page after the other
+            within = min(here - begin, c.block_size - slot)
+            key, value = spare + begin * k_stride, values + begin * _value_stride(c)
+            _load_slots(c, source, within, key, value, base)
+            if kind != TIERS:
+                for t in range(within):
+                    widen(kind, source + t * stride, c.k_rank, key + t * k_stride)
+            begin, block, slot = begin + within, block + 1, 0
+            if begin < here:
+                source = c.cache + np.int64(blocks[block]) * c.cache_stride_0
+                source += group * c.cache_stride_1
+        # Rows of the spare are read past `here`, and ignored.
+        columns = whole(c.k_rank)
+        transpose(spare, FLOAT32, k_stride, LANES, columns, target, 4 * TILE, spare)
+    return in_place
 
 
 @compiled
 def _rebuild_keys(c, first, count, base):
-    """RoPE(k_up z_k) of a tile, its channels in the order of `channel`."""
-    half = c.rotary_dim // 2
-    rebuild(base + c.s_k, c.k_rank, count, base + c.s_up, base + c.s_keys, c.key_width)
-    cos, sin = floats(base + c.s_row), floats(base + c.s_row + 4 * half)
-    for t in range(count):
-        row = base + c.s_keys + 4 * t * c.key_width
-        a, b = floats(row), floats(row + 4 * half)
-        address = c.cos_sin + (first + t) * c.cos_sin_stride_0
-        widen(c.cos_sin_kind, address, c.rotary_dim, base + c.s_row)
-        for i in range(half):
-            x, y = a[i], b[i]
-            a[i] = x * cos[i] - y * sin[i]
-            b[i] = y * cos[i] + x * sin[i]
+    """RoPE(k_up z_k) of a tile [d, TILE], its channels in the order of `channel`."""
+    keys, columns = base + c.s_keys, whole(count)
+    up, stride, latents = base + c.s_up, 4 * whole(c.k_rank), base + c.s_latents
+    product(up, stride, c.width, latents, 4 * TILE, 0, c.k_rank, keys, 4 * TILE, columns, 0)
+    for done in range(0, count, LANES):
+        here, angles = min(LANES, count - done), base + c.s_angles + 4 * done
+        source, spare = c.cos_sin + (first + done) * c.cos_sin_stride_0, base + c.s_slots
+        kind, stride = c.cos_sin_kind, c.cos_sin_stride_0
+        transpose(source, kind, stride, here, c.rotary_dim, angles, 4 * TILE, spare)
+    rotate(keys, c.rotary_dim // 2, base + c.s_angles, columns)
 
 
 @compiled
-def _attend_tile(c, token, first, last, base):
-    """Online softmax over tokens `first` to `last` of the tile for the heads of a query token."""
+def _mix(c, token, first, last, values, base):
+    """Online softmax of the scores of tokens `first` to `last` of the tile, for one query token."""
     highest, total = floats(base + c.s_highest), floats(base + c.s_total)
-    keys = base + (c.s_keys if c.rebuilt else c.s_k)
-    row = token * c.group
-    weights = base + c.s_weights
+    row, stride = token * c.group, 4 * whole(c.v_rank)
     for r in range(row, row + c.group):
-        scores = weights + 4 * TILE * (r - row)
-        dot(base + c.s_query + 4 * r * c.key_width, keys, c.key_width, first, last, scores)
-        here = scores + 4 * first
+        scores = base + c.s_weights + 4 * TILE * r
+        if c.soft_cap > 0:
+            cap(scores, TILE, np.float32(c.soft_cap))
         before = highest[r]
-        after = largest(here, last - first, before)
+        after = max(largest(scores, first, last), before)
         if after != before:
             # A tile of which no score is above -inf, the first: 0 times the nothing so far.
             decay = np.float32(math.exp2(before - after)) if before > -np.inf else np.float32(0)
-            mixed = floats(base + c.s_mixed + 4 * r * c.v_rank)
-            for i in range(c.v_rank):
+            mixed = floats(base + c.s_mixed + r * stride)
+            for i in range(whole(c.v_rank)):
                 mixed[i] *= decay
             total[r] *= decay
             highest[r] = after
         shift = max(after, np.float32(-3e38))  # -inf less -inf is not a number
-        total[r] += exp2(here, last - first, shift, base + c.s_power)
-    mixed_rows = base + c.s_mixed + 4 * row * c.v_rank
-    add_product(weights, TILE, c.group, base + c.s_v, first, last, mixed_rows, c.v_rank)
+        total[r] += exp2(scores, first, last, shift)
+    weights, out = base + c.s_weights + 4 * TILE * row, base + c.s_mixed + row * stride
+    group, columns, of = c.group, whole(c.v_rank), _value_stride(c)
+    if values != base + c.s_v:
+        of = c.cache_stride_2
+    if values == base + c.s_v or c.cache_kind == FLOAT32:
+        product(weights, 4 * TILE, group, values, of, first, last, out, stride, columns, 1)
+    else:
+        product_of_halves(
+            weights, 4 * TILE, group, values, of, first, last, out, stride, columns, 1
+        )
 
 
 @compiled
 def _combine(c, head, request, per_head, base):
     """Parts of the context of one head and request, weighed by their sums, to the output."""
-    of = ints(base + 8 * PLAN_COLUMNS * request)
-    first, parts = head * per_head + of[4], of[5]
-    stride = 4 * c.max_rows * (c.v_rank + 2)
-    result, spare = base + c.s_mixed, base + c.s_spare
-    whole = floats(result)
-    for row in range(of[1] * c.group):
+    of, loaded = ints(base + 8 * PLAN_COLUMNS * request), ints(base + c.s_loaded)
+    first, parts, rows = head * per_head + of[4], of[5], of[1] * c.group
+    stride, columns = 4 * c.max_rows * (c.v_rank + 2), whole(c.v_rank)
+    for row in range(rows):
         start = c.scratch + first * stride + 4 * row * (c.v_rank + 2)
+        result = floats(base + c.s_mixed + 4 * columns * row)
         highest = np.float32(-np.inf)
         for part in range(parts):
             highest = max(highest, floats(start + part * stride)[0])
-        fill(result, c.v_rank, 0)
+        fill(base + c.s_mixed + 4 * columns * row, c.v_rank, 0)
         total = np.float32(0)
         for part in range(parts):
             state = floats(start + part * stride)
@@ -207,17 +255,24 @@ def _combine(c, head, request, per_head, base):
             weight = np.float32(math.exp2(state[0] - highest))
             total += weight * state[1]
             for i in range(c.v_rank):
-                whole[i] += weight * mixed[i]
+                result[i] += weight * mixed[i]
         for i in range(c.v_rank):
-            whole[i] /= total
+            result[i] /= total
+    source, source_stride, width = base + c.s_mixed, 4 * columns, c.v_rank
+    if c.v_up != 0:
+        if loaded[1] != head:
+            _load_v_up(c, head, base)
+            loaded[1] = head
+        up, columns, width = base + c.s_v_up, whole(c.v_width), c.v_width
+        out, out_stride = base + c.s_result, _query_stride(c)
+        product(
+            source, source_stride, rows, up, 4 * columns, 0, c.v_rank, out, out_stride, columns, 0
+        )
+        source, source_stride = out, out_stride
+    for row in range(rows):
         output = c.output + (of[0] + row // c.group) * c.output_stride_0
         output += (head * c.group + row % c.group) * c.output_stride_1
-        if c.v_up != 0:
-            basis, y = c.v_up + head * c.v_up_stride_0, base + c.s_row
-            times(basis, c.v_up_kind, c.v_up_stride_1, c.v_width, c.v_rank, result, y, spare)
-            narrow(c.output_kind, y, c.v_width, output)
-        else:
-            narrow(c.output_kind, result, c.v_rank, output)
+        narrow(c.output_kind, source + row * source_stride, width, output)
 
 
 @compiled
@@ -227,29 +282,35 @@ def _run_item(c, counts, item, head, request, per_head, part, base):
     _load_query(c, head, of[0], tokens, base)
     rows = tokens * c.group
     highest, total = floats(base + c.s_highest), floats(base + c.s_total)
-    mixed = floats(base + c.s_mixed)
     fill(base + c.s_highest, rows, -np.inf)
     fill(base + c.s_total, rows, 0)
-    fill(base + c.s_mixed, rows * c.v_rank, 0)
+    fill(base + c.s_mixed, rows * whole(c.v_rank), 0)
     begin = of[3] + (item - head * per_head - of[4]) * part
     end = min(begin + part, length)
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
-        _load_latents(c, c.tables + of[6] * c.table_stride, head // c.shared, first, count, base)
+        table = c.tables + of[6] * c.table_stride
+        values = _load_latents(c, table, head // c.shared, first, count, base)
+        keys, width = base + c.s_latents, c.k_rank
         if c.rebuilt:
             _rebuild_keys(c, first, count, base)
+            keys, width = base + c.s_keys, c.width
+        queries, weights, columns = base + c.s_query, base + c.s_weights, whole(count)
+        stride = _query_stride(c)
+        product(queries, stride, rows, keys, 4 * TILE, 0, width, weights, 4 * TILE, columns, 0)
         for token in range(tokens):
             position = length - tokens + token
             seen = max(position - c.window + 1 - first, 0)
             beyond = min(position + 1 - first, count)
             if seen < beyond:
-                _attend_tile(c, token, seen, beyond, base)
+                _mix(c, token, seen, beyond, values, base)
     for row in range(rows):
         start = c.scratch + 4 * (c.v_rank + 2) * (item * c.max_rows + row)
         state, kept = floats(start), floats(start + 8)
+        mixed = floats(base + c.s_mixed + 4 * whole(c.v_rank) * row)
         state[0], state[1] = highest[row], total[row]
         for i in range(c.v_rank):
-            kept[i] = mixed[row * c.v_rank + i]
+            kept[i] = mixed[i]
     finished = counts + 8 * (2 + head * c.num_requests + request)
     if count_up(finished) == of[5] - 1:
         _combine(c, head, request, per_head, base)
@@ -260,15 +321,16 @@ def _run(c, counts):
     threads, begun = counts, counts + 8
     base = c.scratch + c.threads_scratch + count_up(threads) * c.scratch_stride
     per_head, part = _plan(c, base)
-    loaded, item = -1, count_up(begun)
+    loaded, item = ints(base + c.s_loaded), count_up(begun)
+    loaded[0] = loaded[1] = -1  # heads of k_up and v_up
     while item < c.kv_heads * per_head:
         head, at = divmod(item, per_head)
         request = 0
         while at >= ints(base + 8 * PLAN_COLUMNS * (request + 1))[4]:
             request += 1
-        if c.rebuilt and head != loaded:
+        if c.k_up != 0 and head != loaded[0]:
             _load_up(c, head, base)
-            loaded = head
+            loaded[0] = head
         _run_item(c, counts, item, head, request, per_head, part, base)
         item = count_up(begun)
 

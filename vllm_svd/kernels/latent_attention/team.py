@@ -7,11 +7,9 @@ from typing import Any
 from vllm_svd.kernels import native
 
 TILE = 64  # tokens whose latents are decoded, and keys rebuilt, at a time
-AHEAD = 8  # tokens whose scores are computed at a time: rows that follow a tile's keys
-ROWS, LANES = 4, 16  # of a product whose sums stay in registers
 ITEMS_PER_THREAD = 4
 PLAN_COLUMNS = 7
-# All but the first are integers: addresses, sizes, strides in bytes; `s_` are offsets in the
+# All but the first two are integers: addresses, sizes, strides in bytes; `s_` are offsets in the
 # scratch of a thread, of which the first begins at `threads_scratch`. Those of a call are followed
 # by those of the batch, of the layer and of the memory for both, which are packed once, and by
 # counters: of threads, of items begun, of the parts finished of each head and request.
@@ -24,7 +22,7 @@ requests num_requests query_start_loc seq_lens tables table_stride
 _LAYER = """
 kv_heads least_part window block_size
 cache cache_kind cache_item cache_stride_0 cache_stride_1 cache_stride_2 cache_end slot_width
-k_runs k_num_runs v_runs v_num_runs scale_table fp8_table
+k_runs k_num_runs v_runs v_num_runs scale_table
 query_kind query_stride_0 query_stride_1 output_kind output_stride_0 output_stride_1
 shared group width k_rank v_rank rebuilt
 k_up k_up_kind k_up_stride_0 k_up_stride_1
@@ -32,12 +30,13 @@ v_up v_up_kind v_up_stride_0 v_up_stride_1 v_width
 cos_sin cos_sin_kind cos_sin_stride_0 rotary_dim is_neox
 """
 _MEMORY = """
-max_rows num_threads threads_scratch scratch_stride key_width
-s_up s_query s_keys s_k s_v s_weights s_power s_mixed s_highest s_total s_row s_spare s_slot
+max_rows num_threads threads_scratch scratch_stride
+s_loaded s_up s_v_up s_query s_result s_slots s_latents s_keys s_angles s_v
+s_weights s_mixed s_highest s_total s_row s_slot
 """
 CALL, BATCH, LAYER, MEMORY = (tuple(names.split()) for names in (_CALL, _BATCH, _LAYER, _MEMORY))
-FIELDS = ("scale", *CALL, *BATCH, *LAYER, *MEMORY)
-pack_call = struct.Struct(f"d{len(CALL)}q").pack
+FIELDS = ("scale", "soft_cap", *CALL, *BATCH, *LAYER, *MEMORY)
+pack_call = struct.Struct(f"2d{len(CALL)}q").pack
 
 
 @functools.cache

@@ -23,7 +23,7 @@ import torch
 # Numbers by which the machine code knows dtypes and tiers.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TIERS = -1
-CHUNK = 16  # channels of a tier that are decoded at a time
+LANES = 16  # entries of a vector: tokens or channels side by side
 
 _memory = threading.local()
 

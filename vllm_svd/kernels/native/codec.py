@@ -6,7 +6,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from vllm_svd.format import STORES
-from vllm_svd.kernels.native import CHUNK
+from vllm_svd.kernels.native import LANES
 from vllm_svd.kernels.native.memory import compiled, floats, ints, octets
 
 FP8, INT8, INT4, INT2 = (STORES.index(store) for store in ("fp8_e4m3", "int8", "int4", "int2"))
@@ -95,65 +95,95 @@ def encode(latent, runs, num_runs, tables, row):
         out[of[4]] = byte
 
 
+def _splat(builder, value, kind):
+    if isinstance(value.type, ir.IntType):
+        value = builder.trunc(value, ir.IntType(32))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    first = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(first, value, ir.IntType(32)(0))
+    return builder.shuffle_vector(first, first, zeros)
+
+
+_OCTETS, _INTEGERS = (ir.VectorType(ir.IntType(bits), LANES) for bits in (8, 32))
+_NUMBERS = ir.VectorType(ir.FloatType(), LANES)
+
+
+def _codes_at(builder, address):
+    codes = builder.load(builder.inttoptr(address, _OCTETS.as_pointer()), align=1)
+    return builder.zext(codes, _INTEGERS)
+
+
+def _all(value):
+    kind = _INTEGERS if isinstance(value, int) else _NUMBERS
+    return ir.Constant(kind, [value] * LANES)
+
+
+# In vectors, which the compiler does not find by itself in loops over parts of bytes.
 @intrinsic
 def _levels(typingctx, codes, shift, mask, flip, middle, scale, out):  # noqa: ARG001
-    """out [CHUNK] = ((((codes >> shift) & mask) ^ flip) - middle) * scale.
-
-    In vectors, which the compiler does not find by itself in loops over parts of bytes.
-    """
-    octets_of, integers = (ir.VectorType(ir.IntType(size), CHUNK) for size in (8, 32))
-    numbers = ir.VectorType(ir.FloatType(), CHUNK)
-    zeros = ir.Constant(integers, [0] * CHUNK)  # to shuffle with: all lanes are the first
+    """out [LANES] = ((((codes >> shift) & mask) ^ flip) - middle) * scale."""
 
     def generate(context, builder, signature, arguments):  # noqa: ARG001
         codes, shift, mask, flip, middle, scale, out = arguments
-
-        def splat(value, kind):
-            if isinstance(value.type, ir.IntType):
-                value = builder.trunc(value, ir.IntType(32))
-            first = builder.insert_element(
-                ir.Constant(kind, ir.Undefined), value, ir.Constant(ir.IntType(32), 0)
-            )
-            return builder.shuffle_vector(first, first, zeros)
-
-        def at(address, kind):
-            return builder.inttoptr(address, kind.as_pointer())
-
-        read = builder.zext(builder.load(at(codes, octets_of), align=1), integers)
-        read = builder.and_(builder.lshr(read, splat(shift, integers)), splat(mask, integers))
-        level = builder.sitofp(builder.xor(read, splat(flip, integers)), numbers)
-        level = builder.fmul(builder.fsub(level, splat(middle, numbers)), splat(scale, numbers))
-        builder.store(level, at(out, numbers), align=4)
+        shift, mask, flip = (_splat(builder, value, _INTEGERS) for value in (shift, mask, flip))
+        read = builder.and_(builder.lshr(_codes_at(builder, codes), shift), mask)
+        level = builder.sitofp(builder.xor(read, flip), _NUMBERS)
+        level = builder.fsub(level, _splat(builder, middle, _NUMBERS))
+        level = builder.fmul(level, _splat(builder, scale, _NUMBERS))
+        builder.store(level, builder.inttoptr(out, _NUMBERS.as_pointer()), align=4)
         return context.get_dummy_value()
 
     integer = types.int64
     return types.void(*[integer] * 4, types.float32, types.float32, integer), generate
 
 
-@compiled
-def decode(slot, runs, num_runs, scale_table, fp8_table, target):
-    """Floats of the latent of one slot, as codec.decode.
+@intrinsic
+def _fp8_levels(typingctx, codes, scale, out):  # noqa: ARG001
+    """out [LANES] = e4m3 numbers of these bits, times scale; NaN stands beside a scale of NaN."""
 
-    Whole chunks are read and written: up to CHUNK bytes beyond the slot, and as many floats beyond
-    those of a run, of which later runs overwrite all but what lies beyond the latent.
+    def generate(context, builder, signature, arguments):  # noqa: ARG001
+        codes, scale, out = arguments
+        read = _codes_at(builder, codes)
+        size = builder.and_(read, _all(0x7F))
+        # The exponent's bias is 7 in place of 127; below 2^-6 are multiples of 2^-9.
+        normal = builder.add(builder.shl(size, _all(20)), _all(120 << 23))
+        multiple = builder.fmul(builder.sitofp(size, _NUMBERS), _all(2.0**-9))
+        small = builder.icmp_signed("<", size, _all(8))
+        bits = builder.select(small, builder.bitcast(multiple, _INTEGERS), normal)
+        sign = builder.shl(builder.and_(read, _all(0x80)), _all(24))
+        level = builder.bitcast(builder.or_(bits, sign), _NUMBERS)
+        level = builder.fmul(level, _splat(builder, scale, _NUMBERS))
+        builder.store(level, builder.inttoptr(out, _NUMBERS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32, types.int64), generate
+
+
+@compiled
+def decode(slots, stride, count, runs, num_runs, scale_table, target, target_stride):
+    """Floats of the latents of `count` slots, as codec.decode.
+
+    Whole chunks are read and written: up to LANES bytes beyond a slot, and as many floats beyond a
+    row, which must be spare.
     """
-    scales, levels, entries = floats(scale_table), floats(fp8_table), octets(slot)
+    scales = floats(scale_table)
     for run in range(num_runs):
         of = ints(runs + 40 * run)
-        kind, count = of[0], of[2]
-        codes, out = slot + of[3], target + 4 * of[1]
-        scale = scales[np.int64(entries[of[4]])]
-        if kind == FP8:
-            for i in range(count):
-                floats(out)[i] = levels[np.int64(octets(codes)[i])] * scale
-            continue
+        kind, channels, codes, out = of[0], of[2], slots + of[3], target + 4 * of[1]
         bits, flip, middle = 8, 128, np.float32(128)  # two's complement
         if kind == INT4:
             bits, flip, middle = 4, 0, np.float32(7.5)
         elif kind == INT2:
             bits, flip, middle = 2, 0, np.float32(1.5)
-        count = count * bits // 8
-        for part in range(8 // bits):
-            for i in range(0, count, CHUNK):
-                place = out + 4 * (part * count + i)
-                _levels(codes + i, part * bits, (1 << bits) - 1, flip, middle, scale, place)
+        size, mask = channels * bits // 8, (1 << bits) - 1
+        for t in range(count):
+            scale = scales[np.int64(octets(slots + t * stride + of[4])[0])]
+            read, row = codes + t * stride, out + t * target_stride
+            if kind == FP8:
+                for i in range(0, size, LANES):
+                    _fp8_levels(read + i, scale, row + 4 * i)
+                continue
+            for part in range(8 // bits):
+                for i in range(0, size, LANES):
+                    place = row + 4 * (part * size + i)
+                    _levels(read + i, part * bits, mask, flip, middle, scale, place)

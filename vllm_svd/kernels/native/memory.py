@@ -11,7 +11,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from vllm_svd.kernels.native import KINDS
+from vllm_svd.kernels.native import KINDS, LANES
 
 FLOAT32, BFLOAT16 = KINDS[torch.float32], KINDS[torch.bfloat16]
 HUGE = 1 << 40
@@ -22,6 +22,12 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 def compiled(function):
     """For calls from kernels alone, into which all of this is inlined."""
     return njit(fastmath=FAST, error_model="numpy", nogil=True)(function)
+
+
+@compiled
+def whole(count):
+    """The lanes of the vectors that hold so many."""
+    return (count + LANES - 1) // LANES * LANES
 
 
 @intrinsic
@@ -93,18 +99,58 @@ def copy(source, size, target):
         out[i] = read[i]
 
 
+VECTOR = ir.VectorType(ir.FloatType(), LANES)
+HALVES = ir.VectorType(ir.IntType(16), LANES)
+
+
+def as_floats(builder, halves):
+    """A vector of the bits of bf16, as one of fp32."""
+    integers = ir.VectorType(ir.IntType(32), LANES)
+    bits = builder.shl(builder.zext(halves, integers), ir.Constant(integers, [16] * LANES))
+    return builder.bitcast(bits, VECTOR)
+
+
+def _moved(half):
+    """LANES floats from memory to memory, these as bf16 if `half`.
+
+    In loops over arrays the compiler asks before every row whether its two ends overlap.
+    """
+
+    @intrinsic
+    def move(typingctx, source, target):  # noqa: ARG001
+        def generate(context, builder, signature, arguments):  # noqa: ARG001
+            source, target = arguments
+            place = builder.inttoptr(source, (HALVES if half else VECTOR).as_pointer())
+            vector = builder.load(place, align=2 if half else 4)
+            vector = as_floats(builder, vector) if half else vector
+            builder.store(vector, builder.inttoptr(target, VECTOR.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return move
+
+
+_move_floats, _move_halves = _moved(False), _moved(True)
+
+
 @compiled
 def widen(kind, source, count, target):
     """Floats of a contiguous row."""
     out, bits = floats(target), words(target)
+    vectors = count // LANES * LANES
     if kind == FLOAT32:
+        for i in range(0, vectors, LANES):
+            _move_floats(source + 4 * i, target + 4 * i)
         read = floats(source)
-        for i in range(count):
+        for i in range(vectors, count):
             out[i] = read[i]
         return
     half = halves(source)
     if kind == BFLOAT16:
-        for i in range(count):
+        for i in range(0, vectors, LANES):
+            _move_halves(source + 2 * i, target + 4 * i)
+        for i in range(vectors, count):
             bits[i] = np.uint32(half[i]) << np.uint32(16)
         return
     for i in range(count):

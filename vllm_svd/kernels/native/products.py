@@ -1,8 +1,24 @@
-"""Products of one vector and a matrix in machine code; the matrix of any kind, sums in fp32."""
+"""Products in machine code. Sums are in fp32; addresses, and strides in bytes."""
 
 import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from vllm_svd.kernels.native.memory import FLOAT32, compiled, floats, widen
+from vllm_svd.kernels.native import LANES
+from vllm_svd.kernels.native.memory import (
+    FLOAT32,
+    HALVES,
+    VECTOR,
+    as_floats,
+    compiled,
+    floats,
+    widen,
+)
+
+# Sums that a product keeps in registers: with AVX-512 half of its 32; else half of 16, two each.
+_SUMS = 16 if binding.get_host_cpu_features().get("avx512f") else 4
 
 
 @compiled
@@ -21,19 +37,109 @@ def times(matrix, kind, stride, rows, width, x, out, spare):
         y[row] = total
 
 
-@compiled
-def times_rows(x, matrix, kind, stride, rows, width, out, spare):
-    """out [width] = x [rows] matrix [rows, width]."""
-    y, left = floats(out), floats(x)
-    for row in range(rows):
-        address, factor = matrix + row * stride, left[row]
-        if kind != FLOAT32:
-            widen(kind, address, width, spare)
-            address = spare
-        right = floats(address)
-        if row == 0:
-            for i in range(width):
-                y[i] = factor * right[i]
-        else:
-            for i in range(width):
-                y[i] += factor * right[i]
+def _block(rows, vectors, half):
+    """out [rows, vectors * LANES] = keep * out + a[:, first:last] b[first:last], b bf16 if `half`.
+
+    Sums stay in registers over all of the loop, which the compiler does not find by itself.
+    """
+
+    @intrinsic
+    def add(typingctx, a, a_stride, b, b_stride, first, last, out, out_stride, keep):  # noqa: ARG001
+        word = ir.IntType(64)
+        zero = ir.Constant(VECTOR, [0.0] * LANES)
+        splat = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+
+        def generate(context, builder, signature, arguments):  # noqa: ARG001
+            a, a_stride, b, b_stride, first, last, out, out_stride, keep = arguments
+
+            def at(address, index, stride, kind):
+                moved = builder.add(address, builder.mul(index, stride))
+                return builder.inttoptr(moved, kind.as_pointer())
+
+            def vectors_at(address, kind=VECTOR, size=4):
+                starts = [builder.add(address, word(size * LANES * v)) for v in range(vectors)]
+                return [builder.inttoptr(start, kind.as_pointer()) for start in starts]
+
+            def read(address):
+                if not half:
+                    return [builder.load(place, align=4) for place in vectors_at(address)]
+                places = vectors_at(address, HALVES, 2)
+                return [as_floats(builder, builder.load(place, align=2)) for place in places]
+
+            targets = [
+                vectors_at(builder.add(out, builder.mul(word(row), out_stride)))
+                for row in range(rows)
+            ]
+            kept = builder.icmp_signed("!=", keep, word(0))
+            sums = [[cgutils.alloca_once(builder, VECTOR) for _ in of] for of in targets]
+            for totals, places in zip(sums, targets, strict=True):
+                for total, place in zip(totals, places, strict=True):
+                    before = builder.select(kept, builder.load(place, align=4), zero)
+                    builder.store(before, total)
+            starts = [builder.add(a, builder.mul(word(row), a_stride)) for row in range(rows)]
+            with cgutils.for_range_slice(builder, first, last, word(1)) as (k, _):
+                rights = read(builder.add(b, builder.mul(k, b_stride)))
+                for start, totals in zip(starts, sums, strict=True):
+                    left = builder.load(at(start, k, word(4), ir.FloatType()), align=4)
+                    left = builder.insert_element(zero, left, ir.IntType(32)(0))
+                    left = builder.shuffle_vector(left, zero, splat)
+                    for right, total in zip(rights, totals, strict=True):
+                        product = builder.fmul(left, right, flags=("contract",))
+                        added = builder.fadd(builder.load(total), product, flags=("contract",))
+                        builder.store(added, total)
+            for totals, places in zip(sums, targets, strict=True):
+                for total, place in zip(totals, places, strict=True):
+                    builder.store(builder.load(total), place, align=4)
+            return context.get_dummy_value()
+
+        integer = types.int64
+        return types.void(*[integer] * 9), generate
+
+    return add
+
+
+def _rows(rows, half):
+    """The product of so many rows, all columns: most at a time, then half as many, then one."""
+    most, item = min(4, _SUMS // rows), 2 if half else 4
+    fewer = max(1, most // 2)
+    many, some, one = (_block(rows, vectors, half) for vectors in (most, fewer, 1))
+
+    @compiled
+    def columns(a, a_stride, b, b_stride, first, last, out, out_stride, count, keep):
+        i = 0
+        while i + most * LANES <= count:
+            many(a, a_stride, b + item * i, b_stride, first, last, out + 4 * i, out_stride, keep)
+            i += most * LANES
+        if i + fewer * LANES <= count:
+            some(a, a_stride, b + item * i, b_stride, first, last, out + 4 * i, out_stride, keep)
+            i += fewer * LANES
+        while i < count:
+            one(a, a_stride, b + item * i, b_stride, first, last, out + 4 * i, out_stride, keep)
+            i += LANES
+
+    return columns
+
+
+def _product(half):
+    four, two, one = (_rows(rows, half) for rows in (4, 2, 1))
+
+    @compiled
+    def product(a, a_stride, rows, b, b_stride, first, last, out, out_stride, count, keep):
+        row = 0
+        while row + 4 <= rows:
+            left, to = a + row * a_stride, out + row * out_stride
+            four(left, a_stride, b, b_stride, first, last, to, out_stride, count, keep)
+            row += 4
+        if row + 2 <= rows:
+            left, to = a + row * a_stride, out + row * out_stride
+            two(left, a_stride, b, b_stride, first, last, to, out_stride, count, keep)
+            row += 2
+        if row < rows:
+            left, to = a + row * a_stride, out + row * out_stride
+            one(left, a_stride, b, b_stride, first, last, to, out_stride, count, keep)
+
+    return product
+
+
+# out [rows, count] = keep * out + a[:, first:last] b[first:last]; `count` in whole vectors.
+product, product_of_halves = _product(False), _product(True)
