@@ -51,7 +51,8 @@ def _spread(model: Path, text: Path, count: int, length: int) -> tuple[str, Enco
     last = len(encoding.ids) - length
     if last < count:
         raise BenchmarkError(
-            f"{text} has {len(encoding.ids)} tokens, too few for {count} prompts of {length} tokens.\n"
+            f"{text} has {len(encoding.ids)} tokens, too few for {count} prompts of {length} "
+            "tokens.\n"
             "Remedy: a longer --text, or lower --requests, --repeats or --input-len."
         )
     return content, encoding, [index * last // count for index in range(count)]
