@@ -22,13 +22,16 @@ from vllm_svd.compat import (
 )
 from vllm_svd.errors import UnsupportedModelError
 from vllm_svd.format import KVProjection
-from vllm_svd.kernels import native, products
+from vllm_svd.kernels import native
 from vllm_svd.kernels.products import of_query_heads, project
 
 # Backends that serve any head size they list when constructed as Attention constructs them.
 CPU_BACKEND = "CPU_ATTN"
 NATIVE_BACKENDS = (CPU_BACKEND, "FLASH_ATTN", "TRITON_ATTN")
 CUDA_RANK_MULTIPLE = 8
+# What vLLM's CPU kernel stores in fp8, where the CPU has AVX-512.
+CPU_FP8 = ("fp8", "fp8_e4m3")
+CPU_FP8_MULTIPLE = 32
 
 
 class LatentAttention(Attention):
@@ -92,10 +95,11 @@ def make_latent(layer: Attention, projection: KVProjection) -> None:
 
     Raises UnsupportedModelError for what the implementation at hand cannot serve.
     """
-    _refuse_unsupported(layer)
+    _refuse_unsupported(layer, projection)
     layer.__class__ = LatentAttention
     layer.projection = projection
-    if _native_head_size(layer, projection):
+    soft_cap = getattr(layer.impl, "logits_soft_cap", None) or None  # backends keep 0 for none
+    if _rides_native(layer, projection):
         layer.impl = type(layer.impl)(
             layer.num_heads,
             projection.k_rank,
@@ -104,7 +108,7 @@ def make_latent(layer: Attention, projection: KVProjection) -> None:
             None,
             layer.sliding_window,
             layer.kv_cache_dtype,
-            None,
+            soft_cap,
             layer.attn_type,
             None,
         )
@@ -117,6 +121,7 @@ def make_latent(layer: Attention, projection: KVProjection) -> None:
         scale=layer.impl.scale,
         num_kv_heads=layer.num_kv_heads // projection.group,
         sliding_window=layer.sliding_window,
+        soft_cap=soft_cap,
         kv_cache_dtype=layer.kv_cache_dtype,
         projection=projection,
     )
@@ -128,11 +133,9 @@ def make_latent(layer: Attention, projection: KVProjection) -> None:
 def _native_head_size(layer: Attention, projection: KVProjection) -> bool:
     """Whether attention over these latents is what vLLM's backend does at a smaller head size.
 
-    Its metadata builders plan for the model's own number of KV heads: groups are not for them. CPUs
-    without units for half precision serve short batches faster with projections in one call.
+    Its metadata builders plan for the model's own number of KV heads: groups are not for them.
     """
-    on_cpu = layer.attn_backend.get_name() == CPU_BACKEND
-    return not (on_cpu and products.emulates_bf16() and native.is_there()) and (
+    return bool(
         projection.mode == "post"
         and projection.group == 1
         and not projection.k_tiers
@@ -142,21 +145,45 @@ def _native_head_size(layer: Attention, projection: KVProjection) -> bool:
     )
 
 
-def _refuse_unsupported(layer: Attention) -> None:
+def _rides_native(layer: Attention, projection: KVProjection) -> bool:
+    """Whether vLLM's own kernel serves: on a CPU only what ours does not, which is faster there."""
+    on_cpu = layer.attn_backend.get_name() == CPU_BACKEND
+    ours = on_cpu and native.is_there() and not _quantised_by_vllm(layer)
+    return not ours and _native_head_size(layer, projection)
+
+
+def _quantised_by_vllm(layer: Attention) -> bool:
+    return bool(layer.kv_cache_torch_dtype != layer.dtype)
+
+
+def _stores(layer: Attention, projection: KVProjection) -> bool:
+    """Whether latents can be stored in the dtype that --kv-cache-dtype asks for.
+
+    vLLM's own kernel does it where it rides along, in fp8 without scales. Only on a CPU: kernels
+    for GPUs want queries in fp8, too, which vLLM's layer makes before projections.
+    """
+    if not _quantised_by_vllm(layer):
+        return True
+    on_cpu = layer.attn_backend.get_name() == CPU_BACKEND
+    fits = _native_head_size(layer, projection) and projection.k_rank % CPU_FP8_MULTIPLE == 0
+    return on_cpu and layer.kv_cache_dtype in CPU_FP8 and fits
+
+
+def _refuse_unsupported(layer: Attention, projection: KVProjection) -> None:
     impl = layer.impl
     refusals = {
-        f"KV cache dtype {layer.kv_cache_dtype}": layer.kv_cache_torch_dtype != layer.dtype,
+        f"KV cache dtype {layer.kv_cache_dtype}": not _stores(layer, projection),
         f"attention of type {layer.attn_type}": layer.attn_type != AttentionType.DECODER,
         "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
         "attention sinks": getattr(impl, "sinks", None) is not None,
-        "a soft cap on logits": bool(getattr(impl, "logits_soft_cap", None)),
         "a KV cache shared between layers": layer.kv_sharing_target_layer_name is not None,
     }
     found = [what for what, present in refusals.items() if present]
     if found:
         raise UnsupportedModelError(
             f"{layer.layer_name}: K/V projections do not work with {' and '.join(found)}",
-            "decoder attention with RoPE, cached in the model's dtype (--kv-cache-dtype auto)",
+            "decoder attention with RoPE, cached in the model's dtype (--kv-cache-dtype auto); on "
+            "a CPU also in fp8 where mode post has equal ranks that are multiples of 32 in group 1",
             "drop the flag (latents have stores of their own: --kv-store when compressing), or "
             "compress the model without K/V projections (kv.kept: null)",
         )
