@@ -11,6 +11,7 @@ from rich.console import Console
 
 from benchmarks.machine import machine
 from benchmarks.offline import variants
+from benchmarks.offline.cache_bytes import cache_bytes
 from benchmarks.offline.caches import CacheGrid, quantised_point
 from benchmarks.offline.compare import Scored
 from benchmarks.offline.plots import plot
@@ -29,6 +30,7 @@ from vllm_svd.format import sha256
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("reference-model")(train)
+app.command("cache-bytes")(cache_bytes)
 
 Directory = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
 File = Annotated[Path, typer.Option(exists=True, dir_okay=False)]
