@@ -65,5 +65,6 @@ def side_bytes(cache: CachePlan, side: Side, item_bytes: int) -> dict[str, int]:
     if projection is None:
         return {_PARTS[0]: cache.dense_bytes(item_bytes) // 2}
     rank, tiers = projection.latent(side)
-    stored = {tier.store: tier.bytes for tier in tiers} or {_PARTS[0]: rank * item_bytes}
+    stored: dict[str, int] = {tier.store: tier.bytes for tier in tiers}
+    stored = stored or {_PARTS[0]: rank * item_bytes}
     return {name: projection.groups * size for name, size in stored.items()}
