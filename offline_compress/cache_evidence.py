@@ -10,7 +10,7 @@ from offline_compress import kv, reference
 from offline_compress.allocation import PROBE_WINDOWS, CacheEvidence, lost_energy, probe_of
 from offline_compress.calibration import Network, Streams
 from offline_compress.evaluation import divergence
-from offline_compress.families import head_dim
+from offline_compress.families import head_dim, soft_capped
 from offline_compress.kv import KVBases
 from offline_compress.methods import Layer
 from offline_compress.progress import Progress
@@ -68,6 +68,9 @@ def _exchange(
     family, model = source.family, reference.load(source.directory, network.device, network.dtype)
     hidden = [_hidden(model, window) for window in windows]
 
+    def head(states: torch.Tensor) -> torch.Tensor:
+        return soft_capped(model.get_output_embeddings()(states), model.config)
+
     def rate(index: int, side: Side, energy: torch.Tensor) -> float:
         path, bases = layers[index].path, probes[index]
         layer, where = model.get_submodule(path), f"{path}.{family.attention}"
@@ -76,7 +79,7 @@ def _exchange(
                 (before, _hidden(model, window))
                 for before, window in zip(hidden, windows, strict=True)
             )
-            nats = divergence(model.get_output_embeddings(), pairs)
+            nats = divergence(head, pairs)
         if not math.isfinite(nats):
             raise SvdError(
                 f"{where}: the KL of a probe of its cache is {nats}\nRemedy: check the checkpoint, "

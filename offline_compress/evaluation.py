@@ -2,12 +2,11 @@
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -94,7 +93,10 @@ def fidelity(network: Network, streams: Streams, windows: torch.Tensor) -> Fidel
 
 
 @torch.no_grad()
-def divergence(head: nn.Module, hidden: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def divergence(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden: Iterable[tuple[torch.Tensor, torch.Tensor]],
+) -> float:
     """Mean KL(first || second), nats per token, of what `head` says of pairs [tokens, hidden]."""
     total, tokens = 0.0, 0
     for first, second in hidden:

@@ -6,6 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Cores of its own, before torch counts them: threads that share one wait for each other.
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ["TEST_CORES"] = " ".join(map(str, cores))  # for those that need several
+    mine = cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.sched_setaffinity(0, mine or cores)
+
 import torch
 from hypothesis import settings
 
@@ -14,6 +22,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -32,6 +42,7 @@ settings.load_profile("untimed")
 
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / "examples" / "wiki-llama-s"
+ENGINES = ("tests/integration/", "tests/serving/")
 DEMO_TEXT = ROOT / "examples" / "wikitext-2" / "test.txt"
 
 _SHAPE = {
@@ -50,12 +61,21 @@ _SHAPE = {
 _FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig, True),
     "mistral": (MistralForCausalLM, MistralConfig, False),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, True),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, False),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, False),
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, False),
 }
 
 _DEVIATIONS = {
+    # Weights large enough for both soft caps to bend what they cap; the first layer slides.
+    "gemma2": {
+        "initializer_range": 0.1,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 0.5,
+        "final_logit_softcapping": 1.0,
+        "sliding_window": 16,
+    },
     # vLLM's Qwen2 derives the head size from the hidden size.
     "qwen2": {"hidden_size": 128},
     "qwen3_moe": {
@@ -66,6 +86,19 @@ _DEVIATIONS = {
         "norm_topk_prob": True,
     },
 }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of several processes one runs all engines: they share what is made once per session."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class EnginesInOne(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "engines" if file.startswith(ENGINES) else file
+
+    return EnginesInOne(config, log)
 
 
 @pytest.fixture(scope="session")

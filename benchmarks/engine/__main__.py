@@ -1,18 +1,15 @@
 """`python -m benchmarks.engine`: decode steps of dense and compressed engines, in turn."""
 
-import json
 import tempfile
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.engine.engines import started
+from benchmarks.engine.turns import Load, Report, measure, table
 from benchmarks.machine import machine
-from benchmarks.serving import checkpoint, prompts, results
+from benchmarks.serving import checkpoint, results
 from benchmarks.serving.errors import BenchmarkError
 from benchmarks.serving.names import named
 
@@ -33,77 +30,42 @@ def main(
 
     All engines live at once and take turns of one answer each, so that noise hits all alike.
     """
-    models = {"dense": dense} | named(compressed)
-    sizes = batch or [1]
-    table = Table(title=f"{input_len} tokens of prompt, {output_len} of answer, {rounds} rounds")
-    for column in ("dtype", "batch", "engine", "perplexity", "ms a step", "range", "x dense"):
-        table.add_column(column, justify="right")
-    rows = []
-    with tempfile.TemporaryDirectory() as directory:
-        logs = Path(directory)
+    console = Console(width=130)
+    logs = Path(tempfile.mkdtemp(prefix="benchmarks-engine-"))  # stays, to be read after a failure
+    load = Load(
+        text=text,
+        batches=tuple(batch or [1]),
+        input_len=input_len,
+        output_len=output_len,
+        rounds=rounds,
+        enforce_eager=enforce_eager,
+    )
+    try:
+        models = {"dense": dense} | named(compressed)
         quality = {
             name: checkpoint.evaluate(model, text, logs / f"{name}-evaluate.log").perplexity
             for name, model in models.items()
         }
-        for precision in dtype or ["auto"]:
-            arguments = {
-                "dtype": precision,
-                "max_model_len": 1024,
-                "gpu_memory_utilization": 0.3,
-                "kv_cache_memory_bytes": 1 << 28,
-                "enforce_eager": enforce_eager,
-                "enable_prefix_caching": False,
-            }
-            with started(models, arguments, logs) as engines:
-                for size in sizes:
-                    passages = prompts.cut_ids(dense, text, size * rounds, input_len)
-                    for engine in engines.values():
-                        engine.decode(passages[:size], output_len)  # warms up
-                    times: dict[str, list[float]] = {name: [] for name in engines}
-                    for turn in range(rounds):
-                        for name, engine in engines.items():
-                            hand = passages[turn::rounds][:size]
-                            times[name].append(engine.decode(hand, output_len))
-                    for name, seconds in times.items():
-                        pairs = zip(times["dense"], seconds, strict=True)
-                        ratios = [one / other for one, other in pairs]
-                        row = {
-                            "dtype": precision,
-                            "batch": size,
-                            "engine": name,
-                            "perplexity": quality[name],
-                            "seconds": seconds,
-                            "times_dense": ratios,
-                        }
-                        rows.append(row)
-                        table.add_row(
-                            precision,
-                            str(size),
-                            name,
-                            f"{quality[name]:.2f}",
-                            f"{1e3 * median(seconds):.2f}",
-                            f"{1e3 * min(seconds):.2f} - {1e3 * max(seconds):.2f}",
-                            f"{median(ratios):.3f}",
-                        )
-    Console(width=130).print(table)
-    if out is not None:
-        found = {
-            "command": results.command_line("benchmarks.engine"),
-            "machine": machine().model_dump(mode="json"),
-            "rows": rows,
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def run() -> None:
-    """The command, with errors in one line."""
-    try:
-        typer.run(main)
+        rows = [
+            row
+            for each in dtype or ["auto"]
+            for row in measure(models, quality, load, each, logs / each)
+        ]
     except BenchmarkError as error:
-        Console().print(f"\nError: {error}", style="red", markup=False)
-        raise SystemExit(1) from None
+        console.print(f"\nError: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+    report = Report(
+        command=results.command_line("benchmarks.engine"),
+        machine=machine(),
+        input_len=input_len,
+        output_len=output_len,
+        rows=tuple(rows),
+    )
+    console.print(table(report))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(report.model_dump_json(indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    run()
+    typer.run(main)

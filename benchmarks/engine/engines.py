@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,9 @@ class Engine:
     def decode(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
         """Seconds per step of a batch of `prompts`, all steps but the first."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompts": prompts, "tokens": tokens}) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # the answer then says why
+            self._process.stdin.write(json.dumps({"prompts": prompts, "tokens": tokens}) + "\n")
+            self._process.stdin.flush()
         return float(self.answer()["seconds"]) / (tokens - 1)
 
     def stop(self) -> None:

@@ -43,6 +43,7 @@ def latent(step: Step, variant: Variant) -> Kernel:
             k_up=k_up if rebuilt else None,
             rope=rope if rebuilt else None,
             sliding_window=None,
+            soft_cap=None,
         )
 
     tokens = step.batch * step.context

@@ -53,7 +53,7 @@ def _spread(model: Path, text: Path, count: int, length: int) -> tuple[str, Enco
         raise BenchmarkError(
             f"{text} has {len(encoding.ids)} tokens, too few for {count} prompts of {length} "
             "tokens.\n"
-            "Remedy: a longer --text, or lower --requests, --repeats or --input-len."
+            "Remedy: a longer --text, or fewer or shorter prompts."
         )
     return content, encoding, [index * last // count for index in range(count)]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from offline_compress.families import head_dim, layer_paths
+from offline_compress.families import fill_computed, head_dim, layer_paths, soft_capped
 from offline_compress.weights import Source, meta_model
 from vllm_svd.errors import SvdError
 
@@ -31,9 +31,7 @@ class Network:
         model = cast(PreTrainedModel, meta_model(source.directory, source.config))
         self._model = model.eval().requires_grad_(False)
         self._base = model.base_model
-        # RoPE frequencies are computed, never stored
-        rotary = self._base.rotary_emb
-        self._base.rotary_emb = type(rotary)(config=model.config).to(device)
+        fill_computed(model, device)
         self._arguments: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
     @property
@@ -82,7 +80,7 @@ class Network:
             head = "model.embed_tokens." if self.config.tie_word_embeddings else "lm_head."
             self._fill(self._model.lm_head, head, self.source.read)
         scores: torch.Tensor = self._model.lm_head(self._base.norm(hidden))
-        return scores
+        return soft_capped(scores, self.config)
 
     def _fill(self, module: nn.Module, prefix: str, read: Read) -> None:
         """Give a module on the meta device its stored tensors, one at a time."""

@@ -69,6 +69,7 @@ class Family:
 
 FAMILIES = (
     Family("llama", ("LlamaForCausalLM", "MistralForCausalLM")),
+    Family("gemma2", ("Gemma2ForCausalLM",)),
     Family("qwen2", ("Qwen2ForCausalLM",)),
     Family(
         "qwen3",

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from offline_compress.families import Family
 from offline_compress.kv.projection import KVBases
@@ -17,7 +18,12 @@ from vllm_svd.codec import stored
 from vllm_svd.errors import SvdError
 from vllm_svd.format import Side, Tier
 
-ATTENTION = "svd_latent_sdpa"
+Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+# What computes attention, and the mask that it reads; of eager functions the one with soft caps.
+_FUNCTIONS: dict[str, tuple[Attend, Callable[..., torch.Tensor | None]]] = {
+    "sdpa": (sdpa_attention_forward, sdpa_mask),
+    "eager": (eager_attention_forward, eager_mask),
+}
 
 
 class LatentKV(nn.Module):
@@ -113,29 +119,30 @@ def _attach(
     return undo
 
 
-def latent_sdpa(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """SDPA in the latent channels of `post` layers; mask and softmax scale are the model's own."""
-    latent = getattr(module, "attn", None)
-    if latent is not None and latent.post:
-        query, key = latent.latent_query_key(query, key)
-    output: tuple[torch.Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, **kwargs
-    )
-    return output
+def in_latent_channels(attend: Attend) -> Attend:
+    """The attention function for `post` layers; mask, scale and soft cap are the model's own."""
+
+    def attend_latents(
+        module: Any, query: torch.Tensor, key: torch.Tensor, *others: Any, **settings: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return attend(module, *module.attn.latent_query_key(query, key), *others, **settings)
+
+    return attend_latents
 
 
 def _switch_attention(attention: Any) -> None:
-    AttentionInterface.register(ATTENTION, latent_sdpa)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    of_model = attention.config._attn_implementation
+    if of_model not in _FUNCTIONS:
+        raise SvdError(
+            f"attention {of_model!r} cannot read projected keys of mode post: accepted are "
+            f"{', '.join(_FUNCTIONS)}\nRemedy: load the model with attn_implementation='sdpa'"
+        )
+    attend, mask = _FUNCTIONS[of_model]
+    name = f"svd_latent_{of_model}"
+    AttentionInterface.register(name, in_latent_channels(attend))
+    AttentionMaskInterface.register(name, mask)
     attention.config = copy.copy(attention.config)
-    attention.config._attn_implementation = ATTENTION
+    attention.config._attn_implementation = name
 
 
 def _through(

@@ -10,7 +10,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from offline_compress.factors import DeltaFactors
-from offline_compress.families import Family, family_of, head_dim, layer_paths, unfuse
+from offline_compress.families import (
+    Family,
+    family_of,
+    fill_computed,
+    head_dim,
+    layer_paths,
+    respect_soft_caps,
+    unfuse,
+)
 from offline_compress.kv.projection import KVBases
 from offline_compress.reference.compressed_linear import CompressedLinear, install_skeleton
 from offline_compress.reference.latent_kv import install_kv
@@ -123,8 +131,7 @@ def _load_quantised(directory: Path, dtype: torch.dtype | None) -> PreTrainedMod
 
 def _filled(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
     """A model on the meta device with its tensors, as they are."""
-    # RoPE frequencies are computed, never stored
-    model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=model.config)
+    fill_computed(model)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     return model
@@ -155,6 +162,7 @@ def _load_dense(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             "Remedy: copy the dense checkpoint again"
         )
     unfuse(model, family_of(model.config))
+    respect_soft_caps(model)
     return model
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from offline_compress.families import Family, family_of, unfuse
+from offline_compress.families import Family, family_of, respect_soft_caps, unfuse
 from offline_compress.weights.hub import COMPANIONS, resolve
 from offline_compress.weights.quantised import Quantised, check_method, quantised_layers
 from offline_compress.weights.shards import (
@@ -188,6 +188,7 @@ def meta_model(
     except Exception as error:  # as above
         raise _refused(directory, error) from None
     unfuse(model, family_of(config))
+    respect_soft_caps(model)
     return model
 
 
@@ -195,7 +196,8 @@ def _refused(directory: Path, error: Exception) -> SourceError:
     said = f"{type(error).__name__}: {error}"  # a KeyError's text alone is no message
     return SourceError(
         f"{directory}/config.json is not one transformers accepts: {said}\n"
-        "Remedy: give a Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE model with its own config.json"
+        "Remedy: give a Llama, Mistral, Gemma 2, Qwen2, Qwen3 or Qwen3-MoE model with its own "
+        "config.json"
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine_cases import (
     ARTEFACTS,
+    BEAMS,
     CHUNKS,
     DEMO_MODEL,
     GROUPED,
@@ -127,14 +128,17 @@ def engines(dense: Path, compressed: Any, prompts: Any, tmp_path_factory: Any) -
         cases[f"{name}_full_pool"] = case(model, num_gpu_blocks_override=24, block_size=32)
         cases[f"{name}_compiled"] = case(model, enforce_eager=False)
         cases[f"{name}_bf16"] = case(model, dtype="bfloat16")
-    cases[TIERED[0]]["beams"] = 3
+    for name in BEAMS:
+        cases[name]["beams"] = 3
     for dtype in ("fp8", "int8_per_token_head"):
         cases[dtype] = case(compressed(TIERED[0]), kv_cache_dtype=dtype)
     cases["post_mixed_bf16_compiled"] = case(
         compressed("post_mixed"), dtype="bfloat16", enforce_eager=False
     )
     cases["dense_bf16"] = case(dense, dtype="bfloat16")
-    cases["post_half_native"] = case(compressed("post_half")) | {"half_units": True}  # the last
+    for name, model in (("dense", dense), ("post_half", compressed("post_half"))):
+        cases[f"{name}_fp8"] = case(model, kv_cache_dtype="fp8")
+    cases["post_half_native"] = case(compressed("post_half")) | {"without_numba": True}  # the last
     return run_engines(tmp_path_factory.mktemp("engines"), cases)
 
 

@@ -31,6 +31,7 @@ NAMES = ["weights_full", "pre_full", "post_full", "pre_half", "post_half"]
 GROUPED = ["pre_grouped", "post_grouped"]  # both KV heads in one latent
 MIXED = ["pre_mixed", "post_mixed"]
 TIERED = ["pre_tiers", "post_tiers"]  # latents in a few bits each
+BEAMS = ["pre_half", TIERED[0]]
 CHUNKS = [16, 64, 256]
 ARTEFACTS = ["auto", "codebooks", "int8_factors", "reduced"]
 # Ranks that the native CPU kernel knows, ranks it does not, and unequal ones.
@@ -102,6 +103,12 @@ def full_rank_weights(model: Path, out: Path) -> Path:
         measured=measured,
     )
     return out
+
+
+def bound(ranks: int) -> str:
+    """VLLM_CPU_OMP_THREADS_BIND of so many processes: a core each, in turn where cores are few."""
+    cores = os.environ.get("TEST_CORES", "").split() or sorted(os.sched_getaffinity(0))
+    return "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
 
 
 def run_engines(directory: Path, cases: dict[str, Any], **environment: str) -> dict[str, Any]:

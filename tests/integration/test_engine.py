@@ -8,6 +8,7 @@ import json
 import pytest
 from engine_cases import (
     ARTEFACTS,
+    BEAMS,
     CHUNKS,
     GROUPED,
     HEAD_DIM,
@@ -42,7 +43,7 @@ def test_logprobs_equal_the_offline_reference(engines, compressed, prompts, dens
 
 
 def test_the_native_kernel_gives_the_logprobs_of_ours(engines, dense_deviation):
-    """On a CPU with units for half precision vLLM's own kernel serves equal ranks of mode post."""
+    """Where numba is missing vLLM's own kernel serves equal ranks of mode post."""
     ours, native = of(engines, "post_half"), of(engines, "post_half_native")
     assert ours["implementations"] == ["ProjectingImpl"]
     assert native["implementations"] == ["CPUAttentionBackendImpl"]
@@ -155,11 +156,28 @@ def test_bf16_costs_tiers_no_likelihood(engines, name):
     assert lost <= rms(apart(of(engines, "dense"), of(engines, "dense_bf16"), "prompt_logprobs"))
 
 
-def test_beams_are_more_likely_than_greedy_tokens(engines):
-    result = of(engines, TIERED[0])
+@pytest.mark.parametrize("name", BEAMS)
+def test_beams_are_more_likely_than_greedy_tokens(engines, name):
+    result = of(engines, name)
     assert all(len(set(beams)) == 3 for beams in result["beams"])
     best = sum(max(beams) for beams in result["beams"])
     assert best > sum(sum(request["logprobs"]) for request in result["rounds"][0])
+
+
+def test_fp8_of_vllm_costs_latents_what_it_costs_dense_caches(engines):
+    """Mode post with equal ranks rides vLLM's own kernel."""
+    if "AVX-512" in engines["dense_fp8"].get("error", ""):
+        pytest.skip("without projections, too, vLLM has no fp8 cache on this CPU")
+    fp8 = of(engines, "post_half_fp8")
+    assert fp8["implementations"] == ["CPUAttentionBackendImpl"]
+
+    def rounding(name: str) -> float:
+        return rms(apart(of(engines, name), of(engines, f"{name}_fp8"), "prompt_logprobs"))
+
+    assert 0 < rounding("post_half") <= 2 * rounding("dense")
+    assert fp8["kv_cache_tokens"] == pytest.approx(
+        4 * of(engines, "post_half")["kv_cache_tokens"], rel=0.01
+    )
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "int8_per_token_head"])

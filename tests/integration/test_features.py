@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import LAYERS, MAX_TOKENS, deviations, of, run_engines, tokens
+from engine_cases import LAYERS, MAX_TOKENS, apart, bound, deviations, of, run_engines, tokens
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.engine
@@ -51,7 +51,13 @@ def features(compressed: Any, prompts: Any, adapter: Path, tmp_path_factory: Any
         }
         for part in ("saved", "loaded"):
             cases[f"{name}_{part}"] = case | {"engine": {"kv_transfer_config": connector}}
-    return run_engines(directory, cases)
+        # On a CPU vLLM 0.32 makes the buffers between stages while it warms up, which it does for
+        # traced models only, whatever compiles them.
+        traced = {"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"}
+        stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+        stages |= {"enforce_eager": False, "compilation_config": traced}
+        cases[f"{name}_stages"] = case | {"engine": stages, "prompt_logprobs": True}
+    return run_engines(directory, cases, VLLM_CPU_OMP_THREADS_BIND=bound(2))
 
 
 def add(adapter: Path, network: torch.nn.Module) -> None:
@@ -100,3 +106,17 @@ def test_pages_that_a_connector_saved_are_those_of_another_engine(engines, featu
     saved, loaded = of(features, f"{name}_saved"), of(features, f"{name}_loaded")
     assert sum(request["cached_tokens"] for request in loaded["rounds"][0]) > 128
     assert tokens(loaded) == tokens(saved) == tokens(of(engines, name))
+
+
+def test_stages_of_a_pipeline_change_nothing(engines, features):
+    served = of(features, "pre_half_stages")
+    assert tokens(served) == tokens(of(engines, "pre_half"))
+    # Each stage has the KV budget to itself and caches half the layers.
+    ratio = served["kv_cache_tokens"] / of(engines, "pre_half")["kv_cache_tokens"]
+    assert ratio == pytest.approx(2.0, rel=0.01)
+
+
+def test_stages_of_a_pipeline_change_no_more_than_a_code(engines, features, same_but_for_flips):
+    name = "pre_tiers"
+    served = of(features, f"{name}_stages")
+    same_but_for_flips(apart(of(engines, name), served, "prompt_logprobs"), name)

@@ -1,6 +1,7 @@
 """Weights that others quantised beside our K/V projections, in one checkpoint."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ METHODS = ["gptq", "awq", "packed", "int8", "fp8"]
 EVERYWHERE = "int8"  # vLLM serves it on any CPU
 RANKS = [(32, 32), (24, 40), (48, 16), (16, 32), (40, 40), (32, 24)]
 MODES = ["pre", "post"]
+TIERS = {"weights": {"kept": 1.0}, "kv": {"mode": "post", "kept": 0.25, "store": "tiers"}}
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,8 @@ def served(dense: Any, prompts: Any, tmp_path_factory: Any) -> dict[str, Any]:
         for mode in MODES:
             name = f"{method}_{mode}"
             directories[name] = compress(model, root / name, **projected(mode, RANKS, 1.0))
+    tiers = f"{EVERYWHERE}_tiers"
+    directories[tiers] = compress(directories[EVERYWHERE], root / tiers, **TIERS)
     cases = {
         name: {
             "model": str(path),
@@ -38,9 +42,8 @@ def served(dense: Any, prompts: Any, tmp_path_factory: Any) -> dict[str, Any]:
     }
     results = run_engines(root, {name: cases[name] for name in METHODS})
     served = [name for name in METHODS if name == EVERYWHERE or "error" not in results[name]]
-    results |= run_engines(
-        root, {f"{n}_{mode}": cases[f"{n}_{mode}"] for n in served for mode in MODES}
-    )
+    projecting = [f"{n}_{mode}" for n in served for mode in MODES]
+    results |= run_engines(root, {name: cases[name] for name in [*projecting, tiers]})
     return {name: (result, directories[name]) for name, result in results.items()}
 
 
@@ -58,13 +61,27 @@ def test_logprobs_are_as_near_to_the_offline_reference_as_without_projections(
 def test_the_projections_are_served(served, prompts, method):
     """The reference without them is another model."""
     noise = rms(deviations(*_of(served, method), prompts[:4]))
-    result, _ = _of(served, f"{method}_post")
+    result, directory = _of(served, f"{method}_post")
     assert rms(deviations(result, served[method][1], prompts[:4])) > 4 * noise
-    totals = json.loads((served[f"{method}_post"][1] / "plan.json").read_text())["totals"]
-    planned = totals["kv_bytes_per_token_dense"] / totals["kv_bytes_per_token"]
+    assert _times_the_tokens(served, method, result, directory) > 1.9
+
+
+def test_tiers_are_served_beside_quantised_weights(served, prompts):
+    """As above, with room for the codes that the noise flips."""
+    noise = rms(deviations(*_of(served, EVERYWHERE), prompts[:4]))
+    result, directory = _of(served, f"{EVERYWHERE}_tiers")
+    assert rms(deviations(result, directory, prompts[:4])) <= 3 * noise
+    assert rms(deviations(result, served[EVERYWHERE][1], prompts[:4])) > 4 * noise
+    assert _times_the_tokens(served, EVERYWHERE, result, directory) > 3.9
+
+
+def _times_the_tokens(served: dict[str, Any], method: str, result: Any, directory: Path) -> float:
+    """How many times the tokens of dense caches, of which as many as planned are there."""
+    totals = json.loads((directory / "plan.json").read_text())["totals"]
+    planned: float = totals["kv_bytes_per_token_dense"] / totals["kv_bytes_per_token"]
     ratio = result["kv_cache_tokens"] / served[method][0]["kv_cache_tokens"]
-    assert planned > 1.9
     assert ratio == pytest.approx(planned, rel=0.02)
+    return planned
 
 
 def _of(served: dict[str, Any], name: str) -> tuple[Any, Any]:

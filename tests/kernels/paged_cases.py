@@ -45,6 +45,7 @@ def build(
     rotary_dim: int | None = None,
     neox: bool = True,
     window: int | None = None,
+    soft_cap: float | None = None,
     dtype: torch.dtype = torch.float32,
     tiers: tuple[Tiers, Tiers] | None = None,
     magnitude: float = 1.0,
@@ -111,6 +112,7 @@ def build(
             "v_up": v_up if projects else None,
             "rope": Rope(table_of_rope, neox) if mode == "pre" else None,
             "sliding_window": window,
+            "soft_cap": soft_cap,
         },
     )
 

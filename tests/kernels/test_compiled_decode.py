@@ -24,6 +24,15 @@ from vllm_svd.kernels.paged_batch import PagedBatch
 pytestmark = pytest.mark.skipif(not native.is_there(), reason="needs numba")
 
 
+@pytest.fixture(autouse=True)
+def _a_team():
+    """Of two threads, whatever cores this process may use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 INT8_4_2 = (((8, "int8"), (4, "int4"), (4, "int2")), ((4, "int8"), (12, "int4"), (8, "int2")))
 FP8 = (((16, "fp8_e4m3"),), ((24, "fp8_e4m3"),))
 INT4 = (((16, "int4"),), ((24, "int4"),))
@@ -194,6 +203,18 @@ def test_any_batch(seed):
 def test_long_contexts_are_split(mode, length, window, monkeypatch):
     monkeypatch.setattr(compiled, "LEAST_PART", 64)
     check(build([(1, length), (4, length // 2)], mode=mode, window=window))
+
+
+@pytest.mark.parametrize("tiers", [None, INT8_4_2], ids=["no", "842"])
+@pytest.mark.parametrize("mode", ["pre", "post"])
+@pytest.mark.parametrize("cap", [0.25, 4.0])
+def test_soft_caps(mode, cap, tiers, monkeypatch):
+    """Of scores up to 20, contexts in parts among them."""
+    monkeypatch.setattr(compiled, "LEAST_PART", 64)
+    shape = {"mode": mode, "tiers": tiers, "soft_cap": cap, "magnitude": 8.0}
+    for window in (None, 9):
+        check(build([*ALL, (1, 2000)], window=window, **shape))
+    check(build(ALL, projects=True, dtype=torch.bfloat16, **shape))
 
 
 def test_more_threads_than_work():

@@ -14,6 +14,15 @@ from vllm_svd.kernels.latent_store import compiled, reference
 pytestmark = pytest.mark.skipif(not native.is_there(), reason="needs numba")
 
 
+@pytest.fixture(autouse=True)
+def _a_team():
+    """Of two threads, whatever cores this process may use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def tiers(**channels):
     return tuple(Tier(channels=count, store=store) for store, count in channels.items())
 

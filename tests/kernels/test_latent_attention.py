@@ -127,6 +127,33 @@ def test_tiers_in_half_precision(kernel, mode, lengths, magnitude):
     check(kernel, build(lengths, mode=mode, tiers=both, magnitude=magnitude, dtype=dtype))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mode", ["pre", "post"])
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"window": 9}, {"tiers": (THREE, THREE)}, {"kv_heads": 4, "shared": 2, "window": 1}],
+    ids=str,
+)
+@pytest.mark.parametrize("cap", [0.25, 4.0])
+def test_soft_caps(kernel, mode, shape, cap):
+    check(kernel, build(RAGGED, mode=mode, soft_cap=cap, magnitude=8.0, **shape))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scores_far_above_their_soft_cap_are_the_cap(kernel):
+    """Where exp would overflow, and where a score is nothing beside the cap."""
+    for magnitude, cap in ((1e6, 1.0), (1e3, 30.0), (1e-6, 1e4)):
+        for mode in ("pre", "post"):
+            check(kernel, build(RAGGED, mode=mode, soft_cap=cap, magnitude=magnitude))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mode", ["pre", "post"])
+def test_soft_caps_in_half_precision(kernel, mode):
+    dtype = torch.float16 if kernel is triton and DEVICE == "cpu" else torch.bfloat16
+    check(kernel, build(RAGGED, mode=mode, soft_cap=2.0, magnitude=8.0, dtype=dtype))
+
+
 def sides() -> st.SearchStrategy[Tiers]:
     """Any tiers of one side: fewer bits from one to the next."""
     stores = st.tuples(
@@ -152,13 +179,14 @@ def sides() -> st.SearchStrategy[Tiers]:
     tiers=st.one_of(st.none(), st.tuples(sides(), sides())),
     shared=st.sampled_from([1, 2]),
     window=st.one_of(st.none(), st.integers(1, 80)),
+    cap=st.one_of(st.none(), st.floats(0.1, 50.0)),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=10, deadline=None)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_any_batch(kernel, lengths, mode, ranks, tiers, shared, window, seed):
+def test_any_batch(kernel, lengths, mode, ranks, tiers, shared, window, cap, seed):
     shape = {"mode": mode, "k_rank": ranks[0], "v_rank": ranks[1], "window": window}
-    shape |= {"shared": shared, "tiers": tiers}
+    shape |= {"shared": shared, "tiers": tiers, "soft_cap": cap}
     check(kernel, *(build(lengths, **shape, seed=seed + more) for more in range(4)))
 
 
@@ -192,7 +220,8 @@ def test_padding_rows_are_left_alone(kernel):
 @pytest.mark.parametrize(
     ("mode", "window", "processors"), [("pre", None, 8), ("pre", 50, 1000), ("post", None, 1000)]
 )
-def test_split_contexts(monkeypatch, mode, window, processors):
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_split_contexts(monkeypatch, mode, window, processors, cap):
     """Parts of some contexts are empty, or lie before the window."""
     monkeypatch.setattr(split_triton, "LEAST_PART", 32)
     monkeypatch.setattr(split_triton, "processors", lambda _: processors)
@@ -202,15 +231,18 @@ def test_split_contexts(monkeypatch, mode, window, processors):
     monkeypatch.setattr(
         split_triton, "splits_of", lambda *given: asked.append(splits_of(*given)) or asked[-1]
     )
-    check(triton, build(lengths, mode=mode, window=window))
-    check(triton, build(lengths, mode=mode, window=window, tiers=(THREE, THREE)))
+    shape = {"mode": mode, "window": window, "soft_cap": cap}
+    check(triton, build(lengths, **shape))
+    check(triton, build(lengths, **shape, tiers=(THREE, THREE)))
     assert asked == {8: [2, 2], 1000: [9, 9]}[processors]
     test_padding_rows_are_left_alone(triton)
 
 
 @pytest.mark.parametrize("mode", ["pre", "post"])
 @pytest.mark.parametrize("window", [None, 1, 9, 50])
-@pytest.mark.parametrize("shape", [{}, {"shared": 2}, {"tiers": (THREE, THREE)}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{}, {"shared": 2}, {"tiers": (THREE, THREE)}, {"soft_cap": 0.5}], ids=str
+)
 def test_prompts_in_blocks_of_queries(monkeypatch, mode, window, shape):
     monkeypatch.setattr(cpu, "QUERY_BLOCK", 8)
     check(cpu, build([(60, 60), (33, 90), (9, 40), (1, 20)], mode=mode, window=window, **shape))
@@ -230,3 +262,4 @@ def test_long_contexts_take_many_tiles(monkeypatch):
     monkeypatch.setattr(cpu, "TILE_BYTES", 1)
     check(cpu, build([(1, 500), (3, 129), (40, 300)]))
     check(cpu, build([(1, 500), (3, 129), (40, 300)], window=50))
+    check(cpu, build([(1, 500), (3, 129), (40, 300)], window=50, soft_cap=0.5))

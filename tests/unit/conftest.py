@@ -17,7 +17,7 @@ from offline_compress.sweep import open_streams
 from offline_compress.weights import open_source
 from offline_compress.workspace import Workspace
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("llama", "mistral", "gemma2", "qwen2", "qwen3", "qwen3_moe")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import recipe_for
 
-from offline_compress import pipeline, reference
+from offline_compress import cache_evidence, pipeline, planning, reference
 from offline_compress.allocation import CacheEvidence, KVBudget, lost_energy, plan_caches
 from offline_compress.allocation.cache_allocator import SHAPES, spread
 from offline_compress.allocation.cache_menu import latents, menu
@@ -16,6 +16,7 @@ from offline_compress.checkpoint import inspect
 from offline_compress.evaluation import default_bos, perplexity, tokenize_file
 from offline_compress.linalg import relative_noise
 from offline_compress.preflight import load_tokenizer
+from offline_compress.progress import silent
 from vllm_svd.format import Tier
 
 CHANNELS, ITEM = 32, 2
@@ -168,7 +169,7 @@ def test_contradictions_are_named(budget, said):
 
 
 @pytest.mark.parametrize("mode", ["pre", "post"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
 def test_a_run_spends_its_budget_and_reloads_as_measured(
     tiny_checkpoint, short_text, tmp_path, mode, family
 ):
@@ -188,3 +189,21 @@ def test_a_run_spends_its_budget_and_reloads_as_measured(
     scores = [perplexity(m, tokens, 64, 4, default_bos(tokenizer)) for m in (dense, loaded)]
     assert scores[0].nll != scores[1].nll
     assert found.measured.perplexity == pytest.approx(found.measured.perplexity_dense, rel=0.2)
+
+
+@torch.no_grad()
+def test_probes_are_compared_by_the_logits_of_the_model(
+    noisy_checkpoint, network_of, streams_of, monkeypatch
+):
+    """Of a head with a soft cap, too."""
+    heads = []
+    monkeypatch.setattr(cache_evidence, "divergence", lambda head, _: heads.append(head) or 1.0)
+    directory = noisy_checkpoint("gemma2")
+    network, windows = network_of(directory), torch.arange(96).view(4, 24)
+    recipe = recipe_for("text", kept=1, kv={"kept": 0.1, "allocator": "measured"})
+    layers, streams = planning.layers_of(network.source), streams_of(network, windows)
+    cache_evidence.gather(recipe, network, layers, streams, windows, silent)
+    model = reference.load(directory, "cpu", torch.float32)
+    hidden = model.base_model(windows).last_hidden_state
+    assert len(heads) == 4
+    assert torch.equal(heads[0](hidden), model(windows).logits)

@@ -9,9 +9,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from offline_compress.families import Experts, family_of, layer_paths, unfuse
+from offline_compress.families import (
+    Experts,
+    family_of,
+    fill_computed,
+    layer_paths,
+    respect_soft_caps,
+    unfuse,
+)
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
+FAMILIES = ["llama", "mistral", "gemma2", "qwen2", "qwen3", "qwen3_moe"]
 TOKENS = torch.randint(4096, (2, 48), generator=torch.Generator().manual_seed(0))
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -21,6 +28,7 @@ def skeleton(config):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     unfuse(model, family_of(config))
+    respect_soft_caps(model)
     return model
 
 
@@ -33,14 +41,18 @@ def stored(directory):
 def from_disk(directory):
     """The stored tensors in the unfused model."""
     model = skeleton(AutoConfig.from_pretrained(directory))
-    model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=model.config)
+    fill_computed(model)
     model.load_state_dict(stored(directory), strict=True, assign=True)
     return model.eval()
 
 
 def from_transformers(directory, dtype=torch.float32):
+    capped = hasattr(AutoConfig.from_pretrained(directory), "attn_logit_softcapping")
     return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, experts_implementation="eager"
+        directory,
+        dtype=dtype,
+        experts_implementation="eager",
+        attn_implementation="eager" if capped else "sdpa",
     )
 
 

@@ -12,7 +12,7 @@ from vllm_svd.errors import SvdError
 BOTH = frozenset({"fisher", "output_gram"})
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3_moe"])
+@pytest.fixture(scope="module", params=["llama", "mistral", "gemma2", "qwen2", "qwen3_moe"])
 def directory(request, noisy_checkpoint):
     return noisy_checkpoint(request.param)
 

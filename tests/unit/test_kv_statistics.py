@@ -10,7 +10,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
-from transformers.masking_utils import sdpa_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 from transformers.models.llama.modeling_llama import rotate_half
 
 from offline_compress.calibration import Streams
@@ -20,7 +20,7 @@ from offline_compress.kv.rope import Rope
 from offline_compress.reference import load
 from vllm_svd.errors import SvdError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("llama", "mistral", "gemma2", "qwen2", "qwen3", "qwen3_moe")
 CONTEXT = 64
 
 
@@ -62,16 +62,16 @@ def collected(network, windows, kv_statistics):
 @torch.no_grad()
 def rotated_by_the_model(model, windows):
     """Query, key, value [samples, heads, tokens, d] that the attention function receives."""
-    seen = {}
+    seen, before = {}, model.config._attn_implementation
+    attend = AttentionInterface().get(before, eager_attention_forward)
 
     def capture(module, query, key, value, attention_mask, **kwargs):
         seen[module] = (query.double(), key.double(), value.double())
-        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
+        return attend(module, query, key, value, attention_mask, **kwargs)
 
-    AttentionInterface.register("sdpa_capture", capture)
-    AttentionMaskInterface.register("sdpa_capture", sdpa_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa_capture")
+    AttentionInterface.register("capture", capture)
+    AttentionMaskInterface.register("capture", AttentionMaskInterface()[before])
+    model.set_attn_implementation("capture")
     model(windows)
     model.set_attn_implementation(before)
     return [seen[model.get_submodule(path)] for path in attention_paths(model)]
@@ -155,10 +155,10 @@ def test_moments_of_a_group_are_joint_and_its_readers_are_not(model, windows, co
 
 
 def test_pre_moments_are_those_before_rope_read_at_every_offset(model, windows, collected):
-    window = getattr(model.config, "sliding_window", None) or CONTEXT
-    offsets = [offset for offset in (0, 1, 2, 4, 8, 16, 32) if offset < window]
-    statistics = collected("pre")
+    inherited, statistics = getattr(model.config, "sliding_window", None), collected("pre")
     for path, (query, key) in zip(attention_paths(model), before_rope(model, windows), strict=True):
+        window = getattr(model.get_submodule(path), "sliding_window", inherited) or CONTEXT
+        offsets = [offset for offset in (0, 1, 2, 4, 8, 16, 32) if offset < window]
         assert_close(statistics[path].key_moment, moments(key))
         query_moment = read_by(model, moments(query))
         turns = [rotation(model, offset) for offset in offsets]

@@ -19,11 +19,11 @@ CASES = [
     *(
         (method, family)
         for method in ("svd_llm", "gptvq", "fwsvd")
-        for family in ("qwen2", "qwen3", "qwen3_moe")
+        for family in ("gemma2", "qwen2", "qwen3", "qwen3_moe")
     ),
-    ("auto", "qwen2"),
+    *(("auto", family) for family in ("gemma2", "qwen2")),
     *((method, "qwen3_moe") for method in ("auto", "gfwsvd", "dobi_svd")),
-    *(("modegpt", family) for family in ("qwen2", "qwen3")),
+    *(("modegpt", family) for family in ("gemma2", "qwen2", "qwen3")),
 ]
 # Fewer rounds of the same steps.
 OPTIONS = {"gptvq": {"em_iterations": 5, "update_steps": 3, "sweeps": 1}}

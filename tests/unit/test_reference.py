@@ -37,12 +37,21 @@ def test_full_rank_projections_change_nothing(dense, statistics, modes):
     assert_same_logits(logits(model), logits(dense))
 
 
+def windows_of(model):
+    """How many tokens each layer sees, itself included."""
+    inherited = getattr(model.config, "sliding_window", None)
+    layers = [model.get_submodule(f"{layer}.self_attn") for layer in layer_paths(model.config)]
+    return [getattr(layer, "sliding_window", inherited) or math.inf for layer in layers]
+
+
 def attention_by_hand(model, hidden, bases):
     """One attention layer in fp64: a loop over query heads that reads latents from a cache."""
     config, layer = model.config, model.get_submodule(LAYER).double()
     attention, tokens = layer.self_attn, hidden.shape[0]
     groups = config.num_attention_heads // config.num_key_value_heads
-    size, window = head_dim(config), getattr(config, "sliding_window", None) or tokens
+    size, window = head_dim(config), windows_of(model)[1]
+    scale = getattr(config, "query_pre_attn_scalar", size) ** -0.5
+    cap = getattr(config, "attn_logit_softcapping", None)
     cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(tokens)[None])
     cos, sin = cos.double(), sin.double()
 
@@ -66,7 +75,8 @@ def attention_by_hand(model, hidden, bases):
         else:
             cached = rotate(key[kv_head]) @ k_down.T
             scores = (rotate(query[head]) @ k_up) @ cached.T
-        scores = (scores / math.sqrt(size)).masked_fill(~visible, -math.inf)
+        scores = scores * scale if cap is None else cap * (scores * scale / cap).tanh()
+        scores = scores.masked_fill(~visible, -math.inf)
         cached_value = value[kv_head] @ bases.v_down[kv_head].T
         outputs.append(scores.softmax(-1) @ cached_value @ bases.v_up[kv_head].T)
     return attention.o_proj(torch.cat(outputs, dim=-1))
@@ -75,7 +85,7 @@ def attention_by_hand(model, hidden, bases):
 @pytest.mark.parametrize("mode", ["pre", "post"])
 @torch.no_grad()
 def test_reduced_rank_is_attention_over_the_latent_cache(dense, statistics, mode):
-    """Also the GQA map, the sliding window, q_norm and k_norm, biases and the softmax scale."""
+    """Also the GQA map, the sliding window, q_norm and k_norm, biases, softmax scale and cap."""
     bases = bases_for(dense, statistics, mode, k_rank=head_dim(dense.config) // 2, v_rank=3)
     model = copy.deepcopy(dense)
     install_kv(model, ATTENTION, bases)
@@ -117,8 +127,8 @@ def test_reduced_rank_changes_the_logits(dense, statistics, mode):
 
 @torch.no_grad()
 def test_a_sliding_window_still_hides_the_far_past(dense, statistics):
-    window = getattr(dense.config, "sliding_window", None) or math.inf
-    reach = dense.config.num_hidden_layers * (window - 1)
+    windows = windows_of(dense)
+    reach = sum(window - 1 for window in windows)
     model = copy.deepcopy(dense)
     for layer in layer_paths(dense.config):
         path = f"{layer}.self_attn"
@@ -131,7 +141,7 @@ def test_a_sliding_window_still_hides_the_far_past(dense, statistics):
     for position, moved in enumerate(difference):
         if position > reach:
             assert moved == 0
-        elif position < min(window, CONTEXT):
+        elif position < min(*windows, CONTEXT):
             assert moved > 0
 
 

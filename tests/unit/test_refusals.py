@@ -1,6 +1,5 @@
 """Plans that vLLM could not serve are refused with what is accepted and the remedy."""
 
-import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,6 @@ from vllm_svd.attention import layer as attention
 from vllm_svd.errors import SvdError, UnsupportedModelError
 from vllm_svd.format import KVProjection, SvdCheckpointConfig
 from vllm_svd.kernels import native as machine_code
-from vllm_svd.kernels import products
 from vllm_svd.quantization import config as quantization
 
 
@@ -89,16 +87,16 @@ def test_ranks_that_cuda_does_not_serve(ranks):
 )
 def test_attention_that_latents_do_not_cover(changes, named):
     with pytest.raises(UnsupportedModelError, match=named):
-        attention._refuse_unsupported(layer(**changes))
+        attention._refuse_unsupported(layer(**changes), projection())
 
 
 def test_every_refusal_is_listed():
     odd = layer(kv_cache_dtype="fp8", kv_cache_torch_dtype=torch.uint8)
     odd.impl.sinks = torch.zeros(1)
-    odd.impl.logits_soft_cap = 30.0
+    odd.impl.alibi_slopes = torch.zeros(1)
     with pytest.raises(UnsupportedModelError) as refused:
-        attention._refuse_unsupported(odd)
-    for named in ("fp8", "sinks", "soft cap"):
+        attention._refuse_unsupported(odd, projection())
+    for named in ("fp8", "sinks", "ALiBi"):
         assert named in str(refused.value)
 
 
@@ -112,13 +110,40 @@ def test_every_refusal_is_listed():
     ],
 )
 def test_only_equal_post_ranks_the_backend_lists_ride_its_kernel(monkeypatch, given, native):
-    for emulates, numba in itertools.product((False, True), repeat=2):
-        monkeypatch.setattr(products, "_EMULATES_BF16", emulates)
+    """On a CPU ours serves, where numba is there."""
+    for numba in (False, True):
         monkeypatch.setattr(machine_code, "is_there", lambda numba=numba: numba)
         for backend in attention.NATIVE_BACKENDS:
-            expected = native and not (emulates and numba and backend == "CPU_ATTN")
-            assert attention._native_head_size(layer(backend), given) is expected
-        assert not attention._native_head_size(layer("FLASHINFER"), given)
+            ours = numba and backend == "CPU_ATTN"
+            assert attention._rides_native(layer(backend), given) is (native and not ours)
+        assert not attention._rides_native(layer("FLASHINFER"), given)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "given", "stored"),
+    [
+        ("fp8", "CPU_ATTN", projection(32, 32, "post"), True),
+        ("fp8_e4m3", "CPU_ATTN", projection(64, 64, "post"), True),
+        ("fp8_e5m2", "CPU_ATTN", projection(32, 32, "post"), False),
+        ("int8_per_token_head", "CPU_ATTN", projection(32, 32, "post"), False),
+        ("fp8", "FLASH_ATTN", projection(32, 32, "post"), False),
+        ("fp8", "CPU_ATTN", projection(48, 48, "post"), False),
+        ("fp8", "CPU_ATTN", projection(32, 24, "post"), False),
+        ("fp8", "CPU_ATTN", projection(32, 32, "pre"), False),
+    ],
+)
+def test_which_caches_vllm_stores_in_fp8(monkeypatch, dtype, backend, given, stored):
+    """There its kernel rides, whether numba is there or not."""
+    odd = layer(backend, kv_cache_dtype=dtype, kv_cache_torch_dtype=torch.uint8)
+    odd.attn_backend.supports_head_size = lambda size: size % 16 == 0
+    monkeypatch.setattr(machine_code, "is_there", lambda: True)
+    assert attention._stores(odd, given) is stored
+    if stored:
+        attention._refuse_unsupported(odd, given)
+        assert attention._rides_native(odd, given)
+    else:
+        with pytest.raises(UnsupportedModelError, match=dtype):
+            attention._refuse_unsupported(odd, given)
 
 
 def test_an_unknown_depth_of_verification(monkeypatch, tmp_path):

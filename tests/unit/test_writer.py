@@ -24,7 +24,7 @@ from offline_compress.weights import SourceError, open_source
 from vllm_svd.errors import CheckpointFormatError
 from vllm_svd.format import verify
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("llama", "mistral", "gemma2", "qwen2", "qwen3", "qwen3_moe")
 NO_KV = CompressionRecipe.model_validate({"kv": {"kept": None}}).kv
 
 

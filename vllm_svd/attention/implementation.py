@@ -22,6 +22,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         scale: float,
         num_kv_heads: int,
         sliding_window: int | None,
+        soft_cap: float | None,
         kv_cache_dtype: str,
         projection: KVProjection,
     ) -> None:
@@ -30,6 +31,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads
         self.sliding_window = sliding_window
+        self.soft_cap = soft_cap
         self.kv_cache_dtype = kv_cache_dtype
         self.projection = projection
         self.layout = LatentLayout.of(projection)
@@ -81,6 +83,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
             v_up=v_up,
             rope=rope,
             sliding_window=self.sliding_window,
+            soft_cap=self.soft_cap,
         )
         return output
 

@@ -17,11 +17,6 @@ FEW_ROWS = 4
 TILE_ELEMENTS = 1 << 24
 
 
-def emulates_bf16() -> bool:
-    """Whether this machine's CPU has no units for products in bf16."""
-    return _EMULATES_BF16
-
-
 def emulated(x: torch.Tensor) -> bool:
     """Whether this machine emulates products in the dtype and on the device of `x`."""
     return x.device.type == "cpu" and (
@@ -66,7 +61,7 @@ def widened(weight: torch.Tensor) -> torch.Tensor:
 def per_head(x: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
     """x [tokens, heads, rows, n] times each head's basis [heads, n, m]: [tokens, heads, rows, m].
 
-    In the dtype of x; that of the bases may be wider (`widened`).
+    In the dtype of x; that of the bases may be wider.
 
     Not by einsum, whose own planning takes longer than the product of a decode step.
     """
@@ -75,7 +70,7 @@ def per_head(x: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
     if emulated(x):
         y = torch.bmm(flat.float(), bases.float()).to(x.dtype)
     else:
-        y = torch.bmm(flat, bases)
+        y = torch.bmm(flat, bases.to(x.dtype))
     return y.view(heads, tokens, rows, bases.shape[-1]).transpose(0, 1)
 
 

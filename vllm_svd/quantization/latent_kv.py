@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_svd.attention.implementation import LatentImpl
+from vllm_svd.attention.implementation import LatentImpl, ProjectingImpl
 from vllm_svd.attention.layer import LatentAttention, make_latent
 from vllm_svd.compat import (
     BaseKVCacheMethod,
@@ -66,9 +66,11 @@ class LatentKVMethod(BaseKVCacheMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raises if a basis never came, or if no rotary module was bound in mode `pre`."""
         check_filled(layer.layer_name, {name: getattr(layer, name) for name in BASES})
+        # Machine code would widen what it multiplies with in every step; these are small.
+        wide = isinstance(layer.impl, ProjectingImpl)
         for name in BASES:
             basis = getattr(layer, name)
-            basis.data = widened(basis.data)
+            basis.data = basis.data.float() if wide else widened(basis.data)
         if not isinstance(layer.impl, LatentImpl):
             return
         latent_attention.prepare(layer.k_down.device)

@@ -32,9 +32,12 @@ def attend(
     k_up: torch.Tensor | None,
     rope: Rope | None,
     sliding_window: int | None,
+    soft_cap: float | None,
     v_up: torch.Tensor | None = None,
 ) -> None:
-    """Write softmax(scale * Q K^T) Z_v to output [tokens, heads, v_rank].
+    """Write softmax(S) Z_v with S = scale * Q K^T to output [tokens, heads, v_rank].
+
+    With `soft_cap`, S is soft_cap * tanh(scale * Q K^T / soft_cap).
 
     kv_cache [blocks, groups, block size, layout.width] holds z_k and z_v as `layout` says; each
     group is read by as many query heads. With `rope` the keys are RoPE(k_up z_k) at each token's
@@ -56,6 +59,7 @@ def attend(
             v_up=v_up,
             rope=rope,
             sliding_window=sliding_window,
+            soft_cap=soft_cap,
         )
         return
     from vllm_svd.kernels.latent_attention import triton
@@ -72,4 +76,5 @@ def attend(
         k_up=k_up,
         rope=rope,
         sliding_window=sliding_window,
+        soft_cap=soft_cap,
     )

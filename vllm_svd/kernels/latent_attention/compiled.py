@@ -71,7 +71,7 @@ def attend(
     k_up: torch.Tensor | None,
     rope: Rope | None,
     sliding_window: int | None,
-    soft_cap: float | None = None,
+    soft_cap: float | None,
     v_up: torch.Tensor | None = None,
 ) -> bool:
     """See vllm_svd.kernels.latent_attention; of a batch these requests alone.
@@ -82,7 +82,7 @@ def attend(
     place = (
         *(query.dtype, query.shape[1], query.stride(), output.dtype, output.stride()),
         *(kv_cache.data_ptr(), kv_cache.dtype, len(kv_cache), kv_cache.stride()),
-        *(_address(k_up), _address(v_up), rope and rope.cos_sin.data_ptr(), sliding_window),
+        *(_place(k_up), _place(v_up), _place(rope and rope.cos_sin), sliding_window),
     )
     layer: Layer | None = layout.memo.get("attend")
     if layer is None or layer.place != place:
@@ -165,6 +165,10 @@ def _layer(
     return Layer(place, native.packed(team.LAYER, arguments), sizes, arrays)
 
 
+def _place(tensor: torch.Tensor | None) -> tuple[Any, ...]:
+    return () if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.stride())
+
+
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -199,7 +203,7 @@ def _work(sizes: Sizes, requests: int, most_tokens: int, threads: int) -> Work:
     query_stride = -(-widest // LANES) * LANES
     floats = {
         "plan": (requests + 1) * PLAN_COLUMNS * 2,
-        "s_loaded": 4,
+        "s_loaded": 8,
         "s_up": width * k_stride,
         "s_v_up": v_stride * v_up_stride,
         "s_query": rows * query_stride,

@@ -33,6 +33,7 @@ def attend(
     k_up: torch.Tensor | None,
     rope: Rope | None,
     sliding_window: int | None,
+    soft_cap: float | None,
     v_up: torch.Tensor | None = None,
 ) -> None:
     """See vllm_svd.kernels.latent_attention."""
@@ -48,15 +49,18 @@ def attend(
         v_up=v_up,
         rope=rope,
         sliding_window=sliding_window,
+        soft_cap=soft_cap,
     ):
         blocks = _blocks(_longer_than(0, batch), batch)
     if not blocks:
         return
     up = None if k_up is None else k_up.float().transpose(1, 2)
+    # Scores are powers of two; those with a cap only once they are capped.
+    factor = scale * compiled.LOG2_E if soft_cap is None else scale / soft_cap
     for query_length, runs in blocks.items():
         requests, firsts, lengths = (list(column) for column in zip(*runs, strict=True))
         rows = torch.tensor(firsts)[:, None] + torch.arange(query_length)
-        queries = query[rows].float() * (scale * compiled.LOG2_E)
+        queries = query[rows].float() * factor
         if k_up is not None and rope is None:
             queries = of_query_heads(queries, k_up.float())
         result = _attend_equal_queries(
@@ -68,6 +72,7 @@ def attend(
             up,
             rope,
             sliding_window,
+            soft_cap,
         )
         if v_up is not None:
             result = of_query_heads(result, v_up.float().transpose(1, 2))
@@ -120,6 +125,7 @@ def _attend_equal_queries(
     up: torch.Tensor | None,
     rope: Rope | None,
     sliding_window: int | None,
+    soft_cap: float | None,
 ) -> torch.Tensor:
     """query [requests, tokens, heads, d], scaled, to [requests, tokens, heads, v_rank] in fp32.
 
@@ -157,6 +163,8 @@ def _attend_equal_queries(
             # Whole blocks are read; positions past the table belong to unused slots.
             keys = _rotate(rebuilt, rope, positions.clamp(max=rope.cos_sin.shape[0] - 1))
         scores = queries[:, :alive] @ keys.transpose(-1, -2)
+        if soft_cap is not None:
+            scores.tanh_().mul_(soft_cap * compiled.LOG2_E)
         # Before the first query all is seen, except what lies before a window.
         seen = 0 if sliding_window is not None else max(0, min(lengths[:alive]) - tokens - begin)
         if seen < len(positions):

@@ -58,7 +58,7 @@ def _plan(c, base):
         first, length = np.int64(starts[request]), np.int64(lengths[request])
         tokens = np.int64(starts[request + 1]) - first
         row[0], row[1], row[2] = first, tokens, length
-        # Whole vectors of tokens lie in one page.
+        # Vectors of tokens then lie in one page, where its size is one of theirs.
         row[3], row[6] = max(length - tokens - c.window + 1, 0) // LANES * LANES, request
         total += length - row[3]
     even = total * c.kv_heads // (c.num_threads * ITEMS_PER_THREAD) + 1
@@ -66,7 +66,7 @@ def _plan(c, base):
     parts = 0
     for i in range(c.num_requests):
         row = ints(base + 8 * PLAN_COLUMNS * i)
-        row[4], row[5] = parts, (row[2] - row[3] + part - 1) // part
+        row[4], row[5] = parts, (row[2] - row[3] + part - 1) // part if row[1] else 0
         parts += row[5]
     plan[PLAN_COLUMNS * c.num_requests + 4] = parts
     return parts, part
@@ -74,12 +74,17 @@ def _plan(c, base):
 
 @compiled
 def _load_up(c, head, base):
-    """The head's k_up [d, k_rank], of rebuilt keys in the order of `channel`."""
-    stride, basis = 4 * whole(c.k_rank), c.k_up + head * c.k_up_stride_0
+    """Where the head's k_up [d, k_rank] is, of rebuilt keys in the order of `channel`."""
+    loaded, basis = ints(base + c.s_loaded), c.k_up + head * c.k_up_stride_0
+    in_order = c.is_neox if c.rebuilt else c.k_rank % LANES == 0  # vectors of what is added up
+    loaded[0], loaded[2], loaded[3] = head, basis, c.k_up_stride_1
+    if c.k_up_kind == FLOAT32 and in_order:
+        return
+    loaded[2], loaded[3] = base + c.s_up, 4 * whole(c.k_rank)
     for i in range(c.width):
         row = channel(i, c.rotary_dim, c.is_neox) if c.rebuilt else i
         source = basis + row * c.k_up_stride_1
-        widen(c.k_up_kind, source, c.k_rank, base + c.s_up + i * stride)
+        widen(c.k_up_kind, source, c.k_rank, loaded[2] + i * loaded[3])
 
 
 @compiled
@@ -117,9 +122,9 @@ def _load_query(c, head, first_row, tokens, base):
                 for i in range(c.width):
                     target[i] = row[i] * scale
     if projected:
-        rows, up, columns = tokens * c.group, base + c.s_up, whole(c.k_rank)
-        out = base + c.s_query
-        product(place, stride, rows, up, 4 * columns, 0, c.width, out, stride, columns, 0)
+        loaded, rows, columns = ints(base + c.s_loaded), tokens * c.group, whole(c.k_rank)
+        up, up_stride, out = loaded[2], loaded[3], base + c.s_query
+        product(place, stride, rows, up, up_stride, 0, c.width, out, stride, columns, 0)
 
 
 @compiled
@@ -192,7 +197,8 @@ def _load_latents(c, table, group, first, count, base):
 def _rebuild_keys(c, first, count, base):
     """RoPE(k_up z_k) of a tile [d, TILE], its channels in the order of `channel`."""
     keys, columns = base + c.s_keys, whole(count)
-    up, stride, latents = base + c.s_up, 4 * whole(c.k_rank), base + c.s_latents
+    loaded, latents = ints(base + c.s_loaded), base + c.s_latents
+    up, stride = loaded[2], loaded[3]
     product(up, stride, c.width, latents, 4 * TILE, 0, c.k_rank, keys, 4 * TILE, columns, 0)
     for done in range(0, count, LANES):
         here, angles = min(LANES, count - done), base + c.s_angles + 4 * done
@@ -322,7 +328,7 @@ def _run(c, counts):
     base = c.scratch + c.threads_scratch + count_up(threads) * c.scratch_stride
     per_head, part = _plan(c, base)
     loaded, item = ints(base + c.s_loaded), count_up(begun)
-    loaded[0] = loaded[1] = -1  # heads of k_up and v_up
+    loaded[0] = loaded[1] = -1  # the heads whose k_up and v_up are at hand
     while item < c.kv_heads * per_head:
         head, at = divmod(item, per_head)
         request = 0
@@ -330,7 +336,6 @@ def _run(c, counts):
             request += 1
         if c.k_up != 0 and head != loaded[0]:
             _load_up(c, head, base)
-            loaded[0] = head
         _run_item(c, counts, item, head, request, per_head, part, base)
         item = count_up(begun)
 

@@ -33,6 +33,7 @@ def attend(
     k_up: torch.Tensor | None,
     rope: Rope | None,
     sliding_window: int | None,
+    soft_cap: float | None,
     v_up: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> None:
@@ -57,7 +58,10 @@ def attend(
             queries = query[token].to(dtype).view(kv_heads, group, -1)
             if k_up is not None and rope is None:
                 queries = queries @ k_up.to(dtype)
-            mixed = (scale * queries @ keys.transpose(1, 2)).softmax(dim=-1) @ values
+            scores = scale * queries @ keys.transpose(1, 2)
+            if soft_cap is not None:
+                scores = soft_cap * (scores / soft_cap).tanh()
+            mixed = scores.softmax(dim=-1) @ values
             if v_up is not None:
                 mixed = mixed @ v_up.to(dtype).transpose(1, 2)
             output[token] = mixed.reshape(kv_heads * group, -1).to(output.dtype)

@@ -91,6 +91,18 @@ def _store_output(
     )
 
 
+@triton.jit
+def _tanh(x):
+    """tl has none. Near zero 1 - exp(-2 x) would cancel: there it is the series, exact to fp32."""
+    size = tl.abs(x)
+    near = tl.minimum(size, 0.2)
+    square = near * near
+    series = near * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
+    decay = tl.exp(-2 * size)
+    found = tl.where(size < 0.2, series, (1 - decay) / (1 + decay))
+    return tl.where(x < 0, -found, found)
+
+
 @triton.jit(do_not_specialize=["requests", "splits"])
 def _attention_kernel(
     query_ptr,
@@ -134,6 +146,7 @@ def _attention_kernel(
     PASSED: tl.constexpr,
     PASSED_PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     V_RANK: tl.constexpr,
     SPLIT: tl.constexpr,
     LEAST_PART: tl.constexpr,
@@ -257,7 +270,10 @@ def _attention_kernel(
         seen = key[None, :] <= position[:, None]
         if WINDOW > 0:
             seen = seen & (key[None, :] > position[:, None] - WINDOW)
-        scores = tl.where(seen, scores * scale, float("-inf"))
+        scores *= scale
+        if SOFT_CAP > 0:
+            scores = SOFT_CAP * _tanh(scores / SOFT_CAP)
+        scores = tl.where(seen, scores, float("-inf"))
 
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         # A tile may lie wholly outside a row's window: exp(-inf - -inf) is not a number.
@@ -302,6 +318,7 @@ def attend(
     k_up: torch.Tensor | None,
     rope: Rope | None,
     sliding_window: int | None,
+    soft_cap: float | None,
 ) -> None:
     """See vllm_svd.kernels.latent_attention; channels must be contiguous in every tensor."""
     tokens, heads, width = batch.num_tokens, query.shape[1], query.shape[2]
@@ -357,6 +374,7 @@ def attend(
         PASSED=passed,
         PASSED_PADDED=padded(max(1, passed)),
         WINDOW=sliding_window or 0,
+        SOFT_CAP=soft_cap or 0.0,
         V_RANK=layout.v_rank,
         SPLIT=parts is not None,
         LEAST_PART=split_triton.LEAST_PART,

@@ -121,7 +121,7 @@ def _layer(
     longest, width = max(layout.k_rank, layout.v_rank), 0 if down is None else down[0].shape[2]
     s_row = lines(4 * longest)
     s_spare = s_row + lines(4 * width)
-    end = s_spare + lines(4 * max(longest, width))
+    end = s_spare + lines(4 * max(longest, 4 * width))
     arguments = {
         **{"key_stride_0": key.stride(0) * item, "value_stride_0": value.stride(0) * item},
         "key_stride_1": key.stride(1) * item * shared,

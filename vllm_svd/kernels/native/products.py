@@ -17,24 +17,48 @@ from vllm_svd.kernels.native.memory import (
     widen,
 )
 
+
+def _has_avx512() -> bool:
+    try:
+        return bool(binding.get_host_cpu_features().get("avx512f"))
+    except RuntimeError:  # where LLVM cannot tell
+        return False
+
+
 # Sums that a product keeps in registers: with AVX-512 half of its 32; else half of 16, two each.
-_SUMS = 16 if binding.get_host_cpu_features().get("avx512f") else 4
+_SUMS = 16 if _has_avx512() else 4
 
 
 @compiled
 def times(matrix, kind, stride, rows, width, x, out, spare):
-    """out [rows] = matrix [rows, width] x; rows are `stride` bytes apart, `spare` holds one."""
-    y, right = floats(out), floats(x)
-    for row in range(rows):
-        address = matrix + row * stride
+    """out [rows] = matrix [rows, width] x; `spare` holds four rows."""
+    y, right, row = floats(out), floats(x), 0
+    while row < rows:
+        address, step, four = matrix + row * stride, stride, row + 4 <= rows
         if kind != FLOAT32:
-            widen(kind, address, width, spare)
+            step = 4 * width
+            for r in range(4 if four else 1):
+                widen(kind, address + r * stride, width, spare + r * step)
             address = spare
         left = floats(address)
         total = np.float32(0)
+        if not four:
+            for i in range(width):
+                total += left[i] * right[i]
+            y[row] = total
+            row += 1
+            continue
+        # Sums across vectors take their time, of four rows at once as of one.
+        left1, left2 = floats(address + step), floats(address + 2 * step)
+        left3 = floats(address + 3 * step)
+        total1 = total2 = total3 = np.float32(0)
         for i in range(width):
             total += left[i] * right[i]
-        y[row] = total
+            total1 += left1[i] * right[i]
+            total2 += left2[i] * right[i]
+            total3 += left3[i] * right[i]
+        y[row], y[row + 1], y[row + 2], y[row + 3] = total, total1, total2, total3
+        row += 4
 
 
 def _block(rows, vectors, half):
@@ -100,7 +124,7 @@ def _block(rows, vectors, half):
 
 def _rows(rows, half):
     """The product of so many rows, all columns: most at a time, then half as many, then one."""
-    most, item = min(4, _SUMS // rows), 2 if half else 4
+    most, item = max(1, min(4, _SUMS // rows)), 2 if half else 4
     fewer = max(1, most // 2)
     many, some, one = (_block(rows, vectors, half) for vectors in (most, fewer, 1))
 
@@ -120,11 +144,12 @@ def _rows(rows, half):
     return columns
 
 
-def _product(half):
+def _few_rows(half):
+    """The product of any number of rows, four at most at a time."""
     four, two, one = (_rows(rows, half) for rows in (4, 2, 1))
 
     @compiled
-    def product(a, a_stride, rows, b, b_stride, first, last, out, out_stride, count, keep):
+    def few(a, a_stride, rows, b, b_stride, first, last, out, out_stride, count, keep):
         row = 0
         while row + 4 <= rows:
             left, to = a + row * a_stride, out + row * out_stride
@@ -138,8 +163,30 @@ def _product(half):
             left, to = a + row * a_stride, out + row * out_stride
             one(left, a_stride, b, b_stride, first, last, to, out_stride, count, keep)
 
-    return product
+    return few
 
 
-# out [rows, count] = keep * out + a[:, first:last] b[first:last]; `count` in whole vectors.
-product, product_of_halves = _product(False), _product(True)
+_few, _eight = _few_rows(False), _rows(8, False)
+# out [rows, count] += a[:, first:last] b[first:last], b in bf16; `count` in whole vectors.
+product_of_halves = _few_rows(True)
+
+
+@compiled
+def product(a, a_stride, rows, b, b_stride, first, last, out, out_stride, count, keep):
+    """out [rows, count] = keep * out + a[:, first:last] b[first:last]; `count` in whole vectors.
+
+    Where columns are few, a product of four rows would wait for its few sums.
+    """
+    row, wide = 0, count
+    if rows >= 8 and _SUMS >= 8:
+        wide = count // (4 * LANES) * 4 * LANES
+    _few(a, a_stride, rows, b, b_stride, first, last, out, out_stride, wide, keep)
+    if wide == count:
+        return
+    b, out, count = b + 4 * wide, out + 4 * wide, count - wide
+    while row + 8 <= rows:
+        left, to = a + row * a_stride, out + row * out_stride
+        _eight(left, a_stride, b, b_stride, first, last, to, out_stride, count, keep)
+        row += 8
+    left, to = a + row * a_stride, out + row * out_stride
+    _few(left, a_stride, rows - row, b, b_stride, first, last, to, out_stride, count, keep)

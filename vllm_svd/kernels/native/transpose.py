@@ -91,7 +91,7 @@ def _halves(typingctx, source, source_stride, target, target_stride):  # noqa: A
 def transpose(source, kind, stride, count, channels, target, target_stride, spare):
     """target [channels, LANES] of `count` rows of so many channels of any kind.
 
-    No other row is read; `spare` holds LANES rows of whole vectors.
+    No other row is read; rows of whole vectors are written; `spare` holds LANES of those.
     """
     step = 2 * LANES if kind == BFLOAT16 else LANES
     if count < LANES or channels % step or (kind != FLOAT32 and kind != BFLOAT16):
