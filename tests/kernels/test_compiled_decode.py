@@ -161,7 +161,12 @@ def alone(cache: torch.Tensor, query: torch.Tensor) -> Case:
         count,
         1,
     )
-    settings = {"scale": 1.0, "layout": LatentLayout(1, 1), "sliding_window": None}
+    settings = {
+        "scale": 1.0,
+        "layout": LatentLayout(1, 1),
+        "sliding_window": None,
+        "soft_cap": None,
+    }
     return Case(query, cache, batch, settings | {"k_up": None, "v_up": None, "rope": None})
 
 
