@@ -6,6 +6,7 @@ from statistics import median
 
 import pytest
 
+from benchmarks.engine.turns import Report
 from benchmarks.offline.results import Quality
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -89,17 +90,22 @@ def test_tiers_were_measured_on_grouped_heads_and_on_heads_with_a_norm_each():
         assert len(list(path.parent.glob(f"{path.stem}-kv-*.png"))) == 2
 
 
+AVX2, AVX512 = "amd-epyc-2-cores", "amd-epyc-avx512-2-cores"
+
+
 @pytest.mark.parametrize(
-    ("name", "least"),
+    ("machine", "name", "least"),
     [
-        ("serving_one_request", {"pre": 1.0, "post": 1.0, "tiers": 0.97}),
-        ("serving_tiers", {"tiers": 1.6, "post": 1.6}),
-        ("serving_tiers_fp32", {"tiers": 1.4, "post": 1.6}),
+        (AVX2, "serving_one_request", {"pre": 1.0, "post": 1.0, "tiers": 0.97}),
+        (AVX2, "serving_tiers", {"tiers": 1.6, "post": 1.6}),
+        (AVX2, "serving_tiers_fp32", {"tiers": 1.4, "post": 1.6}),
+        (AVX512, "serving_tiers", {"int8": 1.6, "tiers": 1.4}),
+        (AVX512, "serving_tiers_fp32", {"int8": 1.6, "tiers": 1.5}),
     ],
 )
-def test_tokens_per_second_in_the_same_bytes_of_cache(name, least):
-    (path,) = RESULTS.glob(f"*/{name}.json")
-    servers = {server["name"]: server for server in json.loads(path.read_text())["servers"]}
+def test_tokens_per_second_in_the_same_bytes_of_cache(machine, name, least):
+    found = json.loads((RESULTS / machine / f"{name}.json").read_text())
+    servers = {server["name"]: server for server in found["servers"]}
     speed = {
         name: median(load["output_throughput"] for load in server["rounds"])
         for name, server in servers.items()
@@ -109,3 +115,26 @@ def test_tokens_per_second_in_the_same_bytes_of_cache(name, least):
         assert servers[other]["cache"]["memory_bytes"] == dense["cache"]["memory_bytes"]
         assert servers[other]["quality"]["perplexity"] < 1.02 * dense["quality"]["perplexity"]
         assert speed[other] >= ratio * speed["dense"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least"),
+    [
+        ("bfloat16", {"pre": 0.97, "post": 0.97, "tiers": 0.9}),
+        ("float32", {"pre": 0.97, "post": 0.97, "tiers": 0.97}),
+    ],
+)
+def test_decode_steps_of_one_request_in_turn_with_dense_ones(dtype, least):
+    report = Report.model_validate_json((RESULTS / AVX512 / "engine.json").read_text())
+    rows = {row.engine: row for row in report.rows if (row.dtype, row.batch) == (dtype, 1)}
+    for engine, ratio in least.items():
+        assert rows[engine].perplexity < 1.02 * rows["dense"].perplexity
+        assert median(rows[engine].times_dense) >= ratio
+
+
+@pytest.mark.parametrize("machine", [AVX2, AVX512])
+@pytest.mark.parametrize("batch", [1, 8, 32])
+def test_half_the_channels_are_decoded_half_again_as_fast(machine, batch):
+    rows = json.loads((RESULTS / machine / "kernels.json").read_text())["rows"]
+    (post,) = (row for row in rows if (row["kernel"], row["batch"]) == ("post 0.5", batch))
+    assert post["context"] == 4096 and median(post["times_dense"]) >= 1.5
