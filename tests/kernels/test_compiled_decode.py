@@ -21,16 +21,10 @@ from vllm_svd.kernels.latent_attention import compiled, cpu, reference, team
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.paged_batch import PagedBatch
 
-pytestmark = pytest.mark.skipif(not native.is_there(), reason="needs numba")
-
-
-@pytest.fixture(autouse=True)
-def _a_team():
-    """Of two threads, whatever cores this process may use."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(not native.is_there(), reason="needs numba"),
+    pytest.mark.usefixtures("a_team"),
+]
 
 
 INT8_4_2 = (((8, "int8"), (4, "int4"), (4, "int2")), ((4, "int8"), (12, "int4"), (8, "int2")))

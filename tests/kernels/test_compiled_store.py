@@ -11,16 +11,10 @@ from vllm_svd.kernels import native
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.latent_store import compiled, reference
 
-pytestmark = pytest.mark.skipif(not native.is_there(), reason="needs numba")
-
-
-@pytest.fixture(autouse=True)
-def _a_team():
-    """Of two threads, whatever cores this process may use."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(not native.is_there(), reason="needs numba"),
+    pytest.mark.usefixtures("a_team"),
+]
 
 
 def tiers(**channels):

@@ -114,8 +114,7 @@ def make_latent(layer: Attention, projection: KVProjection) -> None:
         )
         return
     _refuse_ranks(layer, projection)
-    on_cpu = layer.attn_backend.get_name() == CPU_BACKEND
-    layer.impl = (ProjectingImpl if on_cpu else LatentImpl)(
+    layer.impl = (ProjectingImpl if _on_cpu(layer) else LatentImpl)(
         num_heads=layer.num_heads,
         head_size=layer.head_size,
         scale=layer.impl.scale,
@@ -147,9 +146,12 @@ def _native_head_size(layer: Attention, projection: KVProjection) -> bool:
 
 def _rides_native(layer: Attention, projection: KVProjection) -> bool:
     """Whether vLLM's own kernel serves: on a CPU only what ours does not, which is faster there."""
-    on_cpu = layer.attn_backend.get_name() == CPU_BACKEND
-    ours = on_cpu and native.is_there() and not _quantised_by_vllm(layer)
+    ours = _on_cpu(layer) and native.is_there() and not _quantised_by_vllm(layer)
     return not ours and _native_head_size(layer, projection)
+
+
+def _on_cpu(layer: Attention) -> bool:
+    return bool(layer.attn_backend.get_name() == CPU_BACKEND)
 
 
 def _quantised_by_vllm(layer: Attention) -> bool:
@@ -164,9 +166,8 @@ def _stores(layer: Attention, projection: KVProjection) -> bool:
     """
     if not _quantised_by_vllm(layer):
         return True
-    on_cpu = layer.attn_backend.get_name() == CPU_BACKEND
     fits = _native_head_size(layer, projection) and projection.k_rank % CPU_FP8_MULTIPLE == 0
-    return on_cpu and layer.kv_cache_dtype in CPU_FP8 and fits
+    return _on_cpu(layer) and layer.kv_cache_dtype in CPU_FP8 and fits
 
 
 def _refuse_unsupported(layer: Attention, projection: KVProjection) -> None:
@@ -190,9 +191,12 @@ def _refuse_unsupported(layer: Attention, projection: KVProjection) -> None:
 
 
 def _refuse_ranks(layer: Attention, projection: KVProjection) -> None:
-    on_cpu = layer.attn_backend.get_name() == CPU_BACKEND
     ranks = (projection.k_rank, projection.v_rank)
-    if not on_cpu and not projection.k_tiers and any(rank % CUDA_RANK_MULTIPLE for rank in ranks):
+    if (
+        not _on_cpu(layer)
+        and not projection.k_tiers
+        and any(rank % CUDA_RANK_MULTIPLE for rank in ranks)
+    ):
         raise UnsupportedModelError(
             f"{layer.layer_name}: ranks {ranks} are not served on this device",
             f"multiples of {CUDA_RANK_MULTIPLE}, for aligned loads; any rank on a CPU",

@@ -16,7 +16,14 @@ from numba.extending import intrinsic
 
 from vllm_svd.kernels.latent_attention.team import TILE
 from vllm_svd.kernels.native import LANES
-from vllm_svd.kernels.native.memory import VECTOR, compiled, floats
+from vllm_svd.kernels.native.memory import (
+    INTEGERS,
+    VECTOR,
+    all_lanes,
+    compiled,
+    floats,
+    splat,
+)
 
 
 @compiled
@@ -70,26 +77,16 @@ def cap(x, count, limit):
 def _vectors(builder, x, first, last):
     """Generates a loop over the vectors of a row that hold lanes `first` to `last`, and which."""
     word = ir.IntType(64)
-    words = ir.VectorType(word, LANES)
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-
-    def splat(value):
-        one = builder.insert_element(ir.Constant(words, ir.Undefined), value, ir.IntType(32)(0))
-        return builder.shuffle_vector(one, one, zeros)
-
+    places = ir.Constant(ir.VectorType(word, LANES), list(range(LANES)))
     begin = builder.and_(first, word(-LANES))
     with cgutils.for_range_slice(builder, begin, last, word(LANES)) as (i, _):
-        lanes = builder.add(splat(i), ir.Constant(words, list(range(LANES))))
+        lanes = builder.add(splat(builder, i), places)
         used = builder.and_(
-            builder.icmp_signed(">=", lanes, splat(first)),
-            builder.icmp_signed("<", lanes, splat(last)),
+            builder.icmp_signed(">=", lanes, splat(builder, first)),
+            builder.icmp_signed("<", lanes, splat(builder, last)),
         )
         place = builder.inttoptr(builder.add(x, builder.mul(i, word(4))), VECTOR.as_pointer())
         yield place, used
-
-
-def _all(value):
-    return ir.Constant(VECTOR, [value] * LANES)
 
 
 def _reduced(builder, vector, combine):
@@ -114,9 +111,9 @@ def largest(typingctx, x, first, last):  # noqa: ARG001
         def greater(one, other):
             return builder.select(builder.fcmp_ordered(">", one, other), one, other)
 
-        highest = cgutils.alloca_once_value(builder, _all(-np.inf))
+        highest = cgutils.alloca_once_value(builder, all_lanes(-np.inf))
         with _vectors(builder, *arguments) as (place, used):
-            values = builder.select(used, builder.load(place, align=4), _all(-np.inf))
+            values = builder.select(used, builder.load(place, align=4), all_lanes(-np.inf))
             builder.store(greater(values, builder.load(highest)), highest)
         return _reduced(builder, builder.load(highest), greater)
 
@@ -133,27 +130,26 @@ def exp2(typingctx, x, first, last, highest):  # noqa: ARG001
 
     def generate(context, builder, signature, arguments):  # noqa: ARG001
         x, first, last, highest = arguments
-        integers = ir.VectorType(ir.IntType(32), LANES)
-        zeros = ir.Constant(integers, [0] * LANES)
-        shift = builder.insert_element(_all(0.0), highest, ir.IntType(32)(0))
-        shift = builder.shuffle_vector(shift, shift, zeros)
-        sums = cgutils.alloca_once_value(builder, _all(0.0))
+        shift = splat(builder, highest)
+        sums = cgutils.alloca_once_value(builder, all_lanes(0.0))
         fast = {"flags": ("contract",)}
         with _vectors(builder, x, first, last) as (place, used):
             y = builder.fsub(builder.load(place, align=4), shift)
-            y = builder.select(builder.fcmp_ordered("<", y, _all(-126.0)), _all(-126.0), y)
+            y = builder.select(
+                builder.fcmp_ordered("<", y, all_lanes(-126.0)), all_lanes(-126.0), y
+            )
             number = builder.fcmp_ordered("ord", y, y)
-            steps = builder.fsub(builder.select(number, y, _all(0.0)), _all(0.5))
-            steps = builder.fptosi(steps, integers)  # to the nearest: y is not above 0
+            steps = builder.fsub(builder.select(number, y, all_lanes(0.0)), all_lanes(0.5))
+            steps = builder.fptosi(steps, INTEGERS)  # to the nearest: y is not above 0
             part = builder.fsub(y, builder.sitofp(steps, VECTOR))  # NaN stays NaN
-            power = _all(_TAYLOR[0])
+            power = all_lanes(_TAYLOR[0])
             for coefficient in _TAYLOR[1:]:
                 power = builder.fmul(power, part, **fast)
-                power = builder.fadd(power, _all(coefficient), **fast)
-            bits = builder.add(steps, ir.Constant(integers, [127] * LANES))
-            bits = builder.shl(bits, ir.Constant(integers, [23] * LANES))
+                power = builder.fadd(power, all_lanes(coefficient), **fast)
+            bits = builder.add(steps, all_lanes(127))
+            bits = builder.shl(bits, all_lanes(23))
             weights = builder.fmul(power, builder.bitcast(bits, VECTOR))
-            weights = builder.select(used, weights, _all(0.0))
+            weights = builder.select(used, weights, all_lanes(0.0))
             builder.store(weights, place, align=4)
             builder.store(builder.fadd(builder.load(sums), weights), sums)
         return _reduced(builder, builder.load(sums), builder.fadd)

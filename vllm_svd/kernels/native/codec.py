@@ -7,7 +7,16 @@ from numba.extending import intrinsic
 
 from vllm_svd.format import STORES
 from vllm_svd.kernels.native import LANES
-from vllm_svd.kernels.native.memory import compiled, floats, ints, octets
+from vllm_svd.kernels.native.memory import (
+    INTEGERS,
+    VECTOR,
+    all_lanes,
+    compiled,
+    floats,
+    ints,
+    octets,
+    splat,
+)
 
 FP8, INT8, INT4, INT2 = (STORES.index(store) for store in ("fp8_e4m3", "int8", "int4", "int2"))
 
@@ -95,27 +104,12 @@ def encode(latent, runs, num_runs, tables, row):
         out[of[4]] = byte
 
 
-def _splat(builder, value, kind):
-    if isinstance(value.type, ir.IntType):
-        value = builder.trunc(value, ir.IntType(32))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-    first = ir.Constant(kind, ir.Undefined)
-    first = builder.insert_element(first, value, ir.IntType(32)(0))
-    return builder.shuffle_vector(first, first, zeros)
-
-
-_OCTETS, _INTEGERS = (ir.VectorType(ir.IntType(bits), LANES) for bits in (8, 32))
-_NUMBERS = ir.VectorType(ir.FloatType(), LANES)
+_OCTETS = ir.VectorType(ir.IntType(8), LANES)
 
 
 def _codes_at(builder, address):
     codes = builder.load(builder.inttoptr(address, _OCTETS.as_pointer()), align=1)
-    return builder.zext(codes, _INTEGERS)
-
-
-def _all(value):
-    kind = _INTEGERS if isinstance(value, int) else _NUMBERS
-    return ir.Constant(kind, [value] * LANES)
+    return builder.zext(codes, INTEGERS)
 
 
 # In vectors, which the compiler does not find by itself in loops over parts of bytes.
@@ -125,12 +119,13 @@ def _levels(typingctx, codes, shift, mask, flip, middle, scale, out):  # noqa: A
 
     def generate(context, builder, signature, arguments):  # noqa: ARG001
         codes, shift, mask, flip, middle, scale, out = arguments
-        shift, mask, flip = (_splat(builder, value, _INTEGERS) for value in (shift, mask, flip))
+        narrow = [builder.trunc(value, ir.IntType(32)) for value in (shift, mask, flip)]
+        shift, mask, flip = (splat(builder, value) for value in narrow)
         read = builder.and_(builder.lshr(_codes_at(builder, codes), shift), mask)
-        level = builder.sitofp(builder.xor(read, flip), _NUMBERS)
-        level = builder.fsub(level, _splat(builder, middle, _NUMBERS))
-        level = builder.fmul(level, _splat(builder, scale, _NUMBERS))
-        builder.store(level, builder.inttoptr(out, _NUMBERS.as_pointer()), align=4)
+        level = builder.sitofp(builder.xor(read, flip), VECTOR)
+        level = builder.fsub(level, splat(builder, middle))
+        level = builder.fmul(level, splat(builder, scale))
+        builder.store(level, builder.inttoptr(out, VECTOR.as_pointer()), align=4)
         return context.get_dummy_value()
 
     integer = types.int64
@@ -144,16 +139,16 @@ def _fp8_levels(typingctx, codes, scale, out):  # noqa: ARG001
     def generate(context, builder, signature, arguments):  # noqa: ARG001
         codes, scale, out = arguments
         read = _codes_at(builder, codes)
-        size = builder.and_(read, _all(0x7F))
+        size = builder.and_(read, all_lanes(0x7F))
         # The exponent's bias is 7 in place of 127; below 2^-6 are multiples of 2^-9.
-        normal = builder.add(builder.shl(size, _all(20)), _all(120 << 23))
-        multiple = builder.fmul(builder.sitofp(size, _NUMBERS), _all(2.0**-9))
-        small = builder.icmp_signed("<", size, _all(8))
-        bits = builder.select(small, builder.bitcast(multiple, _INTEGERS), normal)
-        sign = builder.shl(builder.and_(read, _all(0x80)), _all(24))
-        level = builder.bitcast(builder.or_(bits, sign), _NUMBERS)
-        level = builder.fmul(level, _splat(builder, scale, _NUMBERS))
-        builder.store(level, builder.inttoptr(out, _NUMBERS.as_pointer()), align=4)
+        normal = builder.add(builder.shl(size, all_lanes(20)), all_lanes(120 << 23))
+        multiple = builder.fmul(builder.sitofp(size, VECTOR), all_lanes(2.0**-9))
+        small = builder.icmp_signed("<", size, all_lanes(8))
+        bits = builder.select(small, builder.bitcast(multiple, INTEGERS), normal)
+        sign = builder.shl(builder.and_(read, all_lanes(0x80)), all_lanes(24))
+        level = builder.bitcast(builder.or_(bits, sign), VECTOR)
+        level = builder.fmul(level, splat(builder, scale))
+        builder.store(level, builder.inttoptr(out, VECTOR.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32, types.int64), generate

@@ -100,13 +100,25 @@ def copy(source, size, target):
 
 
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
+INTEGERS = ir.VectorType(ir.IntType(32), LANES)
 HALVES = ir.VectorType(ir.IntType(16), LANES)
+
+
+def all_lanes(value):
+    """The vector of a constant, an int or a float."""
+    return ir.Constant(INTEGERS if isinstance(value, int) else VECTOR, [value] * LANES)
+
+
+def splat(builder, value):
+    """The vector of a scalar, in all lanes."""
+    first = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    first = builder.insert_element(first, value, ir.IntType(32)(0))
+    return builder.shuffle_vector(first, first, all_lanes(0))
 
 
 def as_floats(builder, halves):
     """A vector of the bits of bf16, as one of fp32."""
-    integers = ir.VectorType(ir.IntType(32), LANES)
-    bits = builder.shl(builder.zext(halves, integers), ir.Constant(integers, [16] * LANES))
+    bits = builder.shl(builder.zext(halves, INTEGERS), all_lanes(16))
     return builder.bitcast(bits, VECTOR)
 
 

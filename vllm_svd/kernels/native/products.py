@@ -11,9 +11,11 @@ from vllm_svd.kernels.native.memory import (
     FLOAT32,
     HALVES,
     VECTOR,
+    all_lanes,
     as_floats,
     compiled,
     floats,
+    splat,
     widen,
 )
 
@@ -70,8 +72,7 @@ def _block(rows, vectors, half):
     @intrinsic
     def add(typingctx, a, a_stride, b, b_stride, first, last, out, out_stride, keep):  # noqa: ARG001
         word = ir.IntType(64)
-        zero = ir.Constant(VECTOR, [0.0] * LANES)
-        splat = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        zero = all_lanes(0.0)
 
         def generate(context, builder, signature, arguments):  # noqa: ARG001
             a, a_stride, b, b_stride, first, last, out, out_stride, keep = arguments
@@ -105,8 +106,7 @@ def _block(rows, vectors, half):
                 rights = read(builder.add(b, builder.mul(k, b_stride)))
                 for start, totals in zip(starts, sums, strict=True):
                     left = builder.load(at(start, k, word(4), ir.FloatType()), align=4)
-                    left = builder.insert_element(zero, left, ir.IntType(32)(0))
-                    left = builder.shuffle_vector(left, zero, splat)
+                    left = splat(builder, left)
                     for right, total in zip(rights, totals, strict=True):
                         product = builder.fmul(left, right, flags=("contract",))
                         added = builder.fadd(builder.load(total), product, flags=("contract",))

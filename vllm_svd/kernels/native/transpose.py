@@ -5,10 +5,18 @@ from numba import types
 from numba.extending import intrinsic
 
 from vllm_svd.kernels.native import LANES
-from vllm_svd.kernels.native.memory import BFLOAT16, FLOAT32, VECTOR, compiled, whole, widen
+from vllm_svd.kernels.native.memory import (
+    BFLOAT16,
+    FLOAT32,
+    INTEGERS,
+    VECTOR,
+    all_lanes,
+    compiled,
+    whole,
+    widen,
+)
 
 _WORD = ir.IntType(64)
-_INTEGERS = ir.VectorType(ir.IntType(32), LANES)
 
 
 def _at(builder, address, row, stride, kind):
@@ -22,7 +30,7 @@ def _shuffled(builder, rows):
     def pick(first, second, of_quarter):
         """Lanes of both: four for each quarter of the result."""
         lanes = [lane for quarter in range(4) for lane in of_quarter(quarter)]
-        return builder.shuffle_vector(first, second, ir.Constant(_INTEGERS, lanes))
+        return builder.shuffle_vector(first, second, ir.Constant(INTEGERS, lanes))
 
     def ones(first, second, half):
         def of(q):
@@ -73,13 +81,12 @@ def _halves(typingctx, source, source_stride, target, target_stride):  # noqa: A
 
     def generate(context, builder, signature, arguments):  # noqa: ARG001
         source, source_stride, target, target_stride = arguments
-        places = [_at(builder, source, row, source_stride, _INTEGERS) for row in range(LANES)]
+        places = [_at(builder, source, row, source_stride, INTEGERS) for row in range(LANES)]
         rows = _shuffled(builder, [builder.load(place, align=2) for place in places])
-        upper = ir.Constant(_INTEGERS, [-1 << 16] * LANES)
-        bits = ir.Constant(_INTEGERS, [16] * LANES)
+        upper, bits = all_lanes(-1 << 16), all_lanes(16)
         for pair, vector in enumerate(rows):
             for odd, found in enumerate((builder.shl(vector, bits), builder.and_(vector, upper))):
-                place = _at(builder, target, 2 * pair + odd, target_stride, _INTEGERS)
+                place = _at(builder, target, 2 * pair + odd, target_stride, INTEGERS)
                 builder.store(found, place, align=4)
         return context.get_dummy_value()
 
