@@ -73,6 +73,7 @@ class LatentKVMethod(BaseKVCacheMethod):
             basis.data = basis.data.float() if wide else widened(basis.data)
         if not isinstance(layer.impl, LatentImpl):
             return
+        layer.impl.layout.memo.clear()  # of weights that were there before
         latent_attention.prepare(layer.k_down.device)
         latent_store.prepare(layer.k_down.device)
         if layer.impl.needs_rotary:

@@ -5,16 +5,18 @@ Contexts are cut into parts, so that one long request uses all cores. Importing 
 
 import functools
 import math
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from vllm_svd import codec
 from vllm_svd.kernels import native
-from vllm_svd.kernels.latent_attention import team
+from vllm_svd.kernels.latent_attention import packed, team
 from vllm_svd.kernels.latent_attention.team import ITEMS_PER_THREAD, PLAN_COLUMNS, TILE
 from vllm_svd.kernels.latent_layout import LatentLayout
-from vllm_svd.kernels.native import KINDS, LANES, lines, strided
+from vllm_svd.kernels.native import KINDS, LANES, lines, places, strided
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
 
 # Parts of fewer tokens cost more to start and to combine than they balance.
@@ -79,14 +81,19 @@ def attend(
     False, and nothing written, where numba is missing or a dtype is not known. Python's own time
     counts here: a step of one request does this for every layer.
     """
-    place = (
-        *(query.dtype, query.shape[1], query.stride(), output.dtype, output.stride()),
-        *(kv_cache.data_ptr(), kv_cache.dtype, len(kv_cache), kv_cache.stride()),
-        *(_place(k_up), _place(v_up), _place(rope and rope.cos_sin), sliding_window),
-    )
+    cos_sin = None if rope is None else rope.cos_sin
+    place = query.dtype, query.shape[1], query.stride(), output.dtype, output.stride()
     layer: Layer | None = layout.memo.get("attend")
-    if layer is None or layer.place != place:
-        if not usable(query, output, kv_cache, k_up, v_up, rope and rope.cos_sin):
+    if (
+        layer is None
+        or layer.place != place
+        or layer.cache() is not kv_cache
+        or layer.k_up is not k_up
+        or layer.v_up is not v_up
+        or layer.cos_sin is not cos_sin
+        or layer.sliding_window != sliding_window
+    ):
+        if not usable(query, output, kv_cache, k_up, v_up, cos_sin):
             return False
         fixed = query, kv_cache, output, k_up, v_up, rope, layout, sliding_window
         layer = layout.memo["attend"] = _layer(place, *fixed)
@@ -111,14 +118,30 @@ def usable(
     return stored and known <= {*KINDS} and native.is_there()
 
 
-Sizes = tuple[int, int, int, int, int, int, int]
-"""KV heads, query heads of each, channels of a query, k_rank, v_rank, of an output, of angles."""
+class Sizes(NamedTuple):
+    """What decides how much memory a step takes."""
+
+    kv_heads: int
+    shared: int
+    group: int
+    query_width: int
+    width: int
+    k_rank: int
+    v_rank: int
+    v_width: int
+    slot_stride: int
+    tiers: int
 
 
 class Layer(NamedTuple):
-    """What stays from step to step, as long as the layer's tensors lie at one place."""
+    """What stays from step to step, as long as these tensors are the layer's."""
 
     place: tuple[Any, ...]
+    cache: Callable[[], torch.Tensor | None]
+    k_up: torch.Tensor | None
+    v_up: torch.Tensor | None
+    cos_sin: torch.Tensor | None
+    sliding_window: int | None
     packed: bytes
     sizes: Sizes
     arrays: Any
@@ -137,36 +160,57 @@ def _layer(
     sliding_window: int | None,
 ) -> Layer:
     """Pack the arguments LAYER."""
-    tensors = {"query": query, "output": output, "cache": kv_cache, "k_up": k_up, "v_up": v_up}
-    tensors["cos_sin"] = rope and rope.cos_sin
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if any(tensor.stride(-1) != 1 for tensor in given.values()):
+    tensors = {"query": query, "output": output, "cache": kv_cache}
+    if any(tensor.stride(-1) != 1 for tensor in tensors.values()):
         raise ValueError("latent_attention on a CPU needs tensors of contiguous rows")
-    (_, groups, block_size, _), (_, heads, width) = kv_cache.shape, query.shape
+    (_, groups, block_size, _), (_, heads, query_width) = kv_cache.shape, query.shape
     up = v_up if k_up is None else k_up
-    kv_heads, rebuilt = groups if up is None else len(up), rope is not None and k_up is not None
+    kv_heads, item = groups if up is None else len(up), kv_cache.element_size()
     v_width = 0 if v_up is None else v_up.shape[1]
     tiers, arrays = _tiers(layout)
-    memory = kv_cache.untyped_storage()
+    bases = packed.bases(layout, kv_cache.dtype, k_up, v_up, rope)
+    key_bytes = layout.k_rank * item
+    if layout.quantised:
+        key_bytes = sum(tier.code_bytes for tier in layout.k_tiers)
+    # Beyond a slot, too: what is turned or decoded is read in whole vectors.
+    reads = max(lines(key_bytes), tiers.pop("reads", 0))
+    memory, slot_stride = kv_cache.untyped_storage(), lines(max(reads, layout.width * item))
     arguments = {
-        **{name: value for pair in given.items() for name, value in strided(*pair).items()},
+        **{name: value for pair in tensors.items() for name, value in strided(*pair).items()},
         **tiers,
+        "width": query_width,
+        **bases.arguments,
         **{"kv_heads": kv_heads, "group": heads // kv_heads, "shared": kv_heads // groups},
         **{"k_rank": layout.k_rank, "v_rank": layout.v_rank},
-        **{"width": width, "v_width": v_width},
-        **{"cache_end": memory.data_ptr() + memory.nbytes(), "slot_width": layout.width},
+        **{"query_width": query_width, "v_width": v_width},
+        **{"cache_end": memory.data_ptr() + memory.nbytes(), "slot_bytes": layout.width * item},
+        **{"slot_stride": slot_stride, "reads": reads, "key_words": -(-key_bytes // 4)},
         **{"block_size": block_size, "least_part": LEAST_PART},
-        **{"window": sliding_window or UNLIMITED, "rebuilt": rebuilt, "is_neox": 1},
+        "window": sliding_window or UNLIMITED,
     }
-    if rope is not None:
-        arguments |= {"rotary_dim": rope.cos_sin.shape[-1], "is_neox": rope.is_neox}
-    rotary_dim = arguments.get("rotary_dim", 0)
-    sizes = kv_heads, heads // kv_heads, width, layout.k_rank, layout.v_rank, v_width, rotary_dim
-    return Layer(place, native.packed(team.LAYER, arguments), sizes, arrays)
-
-
-def _place(tensor: torch.Tensor | None) -> tuple[Any, ...]:
-    return () if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.stride())
+    sizes = Sizes(
+        kv_heads=kv_heads,
+        shared=kv_heads // groups,
+        group=heads // kv_heads,
+        query_width=query_width,
+        width=arguments["width"],
+        k_rank=layout.k_rank,
+        v_rank=layout.v_rank,
+        v_width=v_width,
+        slot_stride=slot_stride,
+        tiers=len(layout.k_tiers),
+    )
+    return Layer(
+        place=place,
+        cache=weakref.ref(kv_cache),
+        k_up=k_up,
+        v_up=v_up,
+        cos_sin=None if rope is None else rope.cos_sin,
+        sliding_window=sliding_window,
+        packed=native.packed(team.LAYER, arguments),
+        sizes=sizes,
+        arrays=(arrays, bases.arrays),
+    )
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -193,32 +237,30 @@ class Work(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _work(sizes: Sizes, requests: int, most_tokens: int, threads: int) -> Work:
     """States of parts come first in the scratch, then the scratch of each thread."""
-    kv_heads, group, width, k_rank, v_rank, v_width, rotary_dim = sizes
-    rows = group * most_tokens
+    rows = sizes.group * most_tokens
     # Parts at most: one per head and request, and those that are cut off by length.
-    parts = kv_heads * requests + threads * ITEMS_PER_THREAD
-    states = lines(parts * rows * (v_rank + 2) * 4)
-    k_stride, v_stride, v_up_stride = (-(-n // LANES) * LANES for n in (k_rank, v_rank, v_width))
-    widest = max(width, k_stride, v_up_stride)
-    query_stride = -(-widest // LANES) * LANES
+    parts = sizes.kv_heads * requests + threads * ITEMS_PER_THREAD * sizes.shared
+    states = lines(parts * rows * (sizes.v_rank + 2) * 4)
+    k_stride, v_stride = _whole(sizes.k_rank), _whole(sizes.v_rank)
+    widest = max(sizes.width, sizes.query_width, sizes.k_rank, sizes.v_width)
+    query_stride, heads_rows = _whole(widest), sizes.shared * rows
     floats = {
         "plan": (requests + 1) * PLAN_COLUMNS * 2,
-        "s_loaded": 8,
-        "s_up": width * k_stride,
-        "s_v_up": v_stride * v_up_stride,
-        "s_query": rows * query_stride,
+        "s_query": heads_rows * query_stride,
         "s_result": rows * query_stride,
-        "s_slots": LANES * (max(query_stride, v_stride) + LANES),
-        "s_latents": k_stride * TILE,
-        "s_keys": width * TILE,
-        "s_angles": -(-rotary_dim // LANES) * LANES * TILE,
+        "s_slots": LANES * sizes.slot_stride // 4,
+        "s_words": LANES * sizes.slot_stride // 4,
+        "s_rows": LANES * (k_stride + LANES),
+        "s_latents": (k_stride + LANES) * TILE,  # pairs of bf16 are turned by two vectors
+        "s_scales": TILE,
+        "s_quotients": sizes.tiers * TILE,
+        "s_keys": sizes.width * TILE,
         "s_v": TILE * (v_stride + LANES),
-        "s_weights": rows * TILE,
-        "s_mixed": rows * v_stride,
-        "s_highest": rows,
-        "s_total": rows,
-        "s_row": width,
-        "s_slot": k_rank + v_rank + LANES,  # bytes: a code and a scale for each channel, at most
+        "s_weights": heads_rows * TILE,
+        "s_mixed": heads_rows * v_stride,
+        "s_highest": heads_rows,
+        "s_total": heads_rows,
+        "s_row": sizes.query_width,
     }
     offsets, end = {}, 0
     for name, count in floats.items():
@@ -229,8 +271,13 @@ def _work(sizes: Sizes, requests: int, most_tokens: int, threads: int) -> Work:
         **{"max_rows": rows, "num_threads": threads, "threads_scratch": states},
         "scratch_stride": end,
     }
-    counters = bytes(8 * (2 + kv_heads * requests))
+    counters = bytes(8 * (2 + sizes.kv_heads * requests))
     return Work(threads, states + threads * end, native.packed(team.MEMORY, arguments) + counters)
+
+
+def _whole(count: int) -> int:
+    """The lanes of the vectors that hold so many."""
+    return -(-count // LANES) * LANES
 
 
 def _tiers(layout: LatentLayout) -> tuple[dict[str, int], Any]:
@@ -242,6 +289,11 @@ def _tiers(layout: LatentLayout) -> tuple[dict[str, int], Any]:
     addresses = {
         **{"k_runs": keys.ctypes.data, "k_num_runs": len(keys)},
         **{"v_runs": values.ctypes.data, "v_num_runs": len(values)},
-        "scale_table": scales.ctypes.data,
+        **{"scale_table": scales.ctypes.data, "reads": layout.width + LANES},
     }
-    return addresses, (keys, values, scales)
+    spread = places.spread(layout.runs[1]) if packed.spreads() else None
+    if spread is not None:
+        addresses |= {"v_begins": spread.begins.ctypes.data, "v_tables": spread.tables.ctypes.data}
+        addresses |= {"v_vectors": len(spread.begins)}
+        addresses["reads"] = max(addresses["reads"], spread.reads)
+    return addresses, (keys, values, scales, spread)

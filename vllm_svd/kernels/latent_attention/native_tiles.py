@@ -14,7 +14,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from vllm_svd.kernels.latent_attention.team import TILE
 from vllm_svd.kernels.native import LANES
 from vllm_svd.kernels.native.memory import (
     INTEGERS,
@@ -35,24 +34,11 @@ def fill(out, count, value):
 
 
 @compiled
-def channel(i, rotary_dim, is_neox):
-    """Which channel of a key is kept at i: both styles then pair i with i + rotary_dim / 2."""
-    if is_neox or i >= rotary_dim:
-        return i
-    half = rotary_dim // 2
-    return 2 * i if i < half else 2 * (i - half) + 1
-
-
-@compiled
-def rotate(keys, half, cos_sin, count):
-    """RoPE of keys [channels, TILE], channel i with i + half; cos_sin [2 * half, TILE]."""
-    for i in range(half):
-        a, b = floats(keys + 4 * TILE * i), floats(keys + 4 * TILE * (i + half))
-        cos, sin = floats(cos_sin + 4 * TILE * i), floats(cos_sin + 4 * TILE * (i + half))
-        for t in range(count):
-            x, y = a[t], b[t]
-            a[t] = x * cos[t] - y * sin[t]
-            b[t] = y * cos[t] + x * sin[t]
+def multiply(x, y, count):
+    """x = x * y."""
+    values, factors = floats(x), floats(y)
+    for i in range(count):
+        values[i] *= factors[i]
 
 
 @compiled
@@ -104,10 +90,10 @@ def _reduced(builder, vector, combine):
 
 
 @intrinsic
-def largest(typingctx, x, first, last):  # noqa: ARG001
+def largest(typingctx, x, first, last):
     """The greatest of x[first:last], or -inf; what is not a number is passed over."""
 
-    def generate(context, builder, signature, arguments):  # noqa: ARG001
+    def generate(context, builder, signature, arguments):
         def greater(one, other):
             return builder.select(builder.fcmp_ordered(">", one, other), one, other)
 
@@ -125,10 +111,10 @@ _TAYLOR = [math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1)]
 
 
 @intrinsic
-def exp2(typingctx, x, first, last, highest):  # noqa: ARG001
+def exp2(typingctx, x, first, last, highest):
     """x[first:last] = 2^(x - highest), at least 2^-126, the rest of their vectors 0; their sum."""
 
-    def generate(context, builder, signature, arguments):  # noqa: ARG001
+    def generate(context, builder, signature, arguments):
         x, first, last, highest = arguments
         shift = splat(builder, highest)
         sums = cgutils.alloca_once_value(builder, all_lanes(0.0))

@@ -8,6 +8,8 @@ from vllm_svd.kernels import native
 
 TILE = 64  # tokens whose latents are decoded, and keys rebuilt, at a time
 ITEMS_PER_THREAD = 4
+# Items a thread from which heads that share a latent are better read together than shared out.
+ENOUGH_PER_THREAD = 2
 PLAN_COLUMNS = 7
 # All but the first two are integers: addresses, sizes, strides in bytes; `s_` are offsets in the
 # scratch of a thread, of which the first begins at `threads_scratch`. Those of a call are followed
@@ -21,18 +23,19 @@ requests num_requests query_start_loc seq_lens tables table_stride
 """
 _LAYER = """
 kv_heads least_part window block_size
-cache cache_kind cache_item cache_stride_0 cache_stride_1 cache_stride_2 cache_end slot_width
-k_runs k_num_runs v_runs v_num_runs scale_table
-query_kind query_stride_0 query_stride_1 output_kind output_stride_0 output_stride_1
-shared group width k_rank v_rank rebuilt
-k_up k_up_kind k_up_stride_0 k_up_stride_1
-v_up v_up_kind v_up_stride_0 v_up_stride_1 v_width
-cos_sin cos_sin_kind cos_sin_stride_0 rotary_dim is_neox
+cache cache_kind cache_item cache_stride_0 cache_stride_1 cache_stride_2 cache_end
+slot_bytes slot_stride reads key_words
+k_runs k_num_runs v_runs v_num_runs scale_table v_begins v_tables v_vectors
+query_kind query_stride_0 query_stride_1 query_width
+output_kind output_stride_0 output_stride_1
+shared group width k_rank v_rank
+up up_stride_0 up_stride_1 rebuilt paired spans num_spans order in_order angles
+v_up v_up_stride_0 v_width
 """
 _MEMORY = """
 max_rows num_threads threads_scratch scratch_stride
-s_loaded s_up s_v_up s_query s_result s_slots s_latents s_keys s_angles s_v
-s_weights s_mixed s_highest s_total s_row s_slot
+s_query s_result s_slots s_words s_rows s_latents s_scales s_quotients s_keys s_v
+s_weights s_mixed s_highest s_total s_row
 """
 CALL, BATCH, LAYER, MEMORY = (tuple(names.split()) for names in (_CALL, _BATCH, _LAYER, _MEMORY))
 FIELDS = ("scale", "soft_cap", *CALL, *BATCH, *LAYER, *MEMORY)

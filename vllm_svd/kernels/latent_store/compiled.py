@@ -6,6 +6,8 @@ and those of the projections of one token more than its arithmetic.
 
 import functools
 import struct
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +35,7 @@ scratch_stride s_latent s_row s_spare
 STEP, LAYER = (tuple(names.split()) for names in (_STEP, _LAYER))
 FIELDS = (*STEP, *LAYER)
 _pack_step = struct.Struct(f"{len(STEP)}q").pack
+Down = tuple[torch.Tensor, torch.Tensor]
 # Multiplications of a step's projections up to which operators cost more than BLAS gains.
 FEW_PRODUCTS = 1 << 20
 # Channels of latents below which a second thread costs more than it takes over.
@@ -51,7 +54,7 @@ def store(
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     layout: LatentLayout,
-    down: tuple[torch.Tensor, torch.Tensor] | None = None,
+    down: Down | None = None,
 ) -> bool:
     """See vllm_svd.kernels.latent_store; bytes of tiers are those of the codec.
 
@@ -63,13 +66,14 @@ def store(
     tokens = len(slot_mapping)
     if down is not None and tokens * (down[0].numel() + down[1].numel()) > FEW_PRODUCTS:
         key, value, down = project(key, down[0]), project(value, down[1]), None
-    place = (
-        *(key.dtype, key.stride(), value.dtype, value.stride()),
-        *(kv_cache.data_ptr(), kv_cache.dtype, kv_cache.stride()),
-        *(() if down is None else (down[0].data_ptr(), down[1].data_ptr(), down[0].dtype)),
-    )
+    place = key.dtype, key.stride(), value.dtype, value.stride()
     layer: Layer | None = layout.memo.get("store")
-    if layer is None or layer.place != place:
+    if (
+        layer is None
+        or layer.place != place
+        or layer.cache() is not kv_cache
+        or not layer.projects(down)
+    ):
         if not usable(key, value, kv_cache, down):
             return False
         layer = layout.memo["store"] = _layer(place, key, value, kv_cache, layout, down)
@@ -85,7 +89,7 @@ def usable(
     key: torch.Tensor,
     value: torch.Tensor,
     kv_cache: torch.Tensor,
-    down: tuple[torch.Tensor, torch.Tensor] | None,
+    down: Down | None,
 ) -> bool:
     """Whether these dtypes are known, and those of keys and values equal."""
     pairs = [(key, value)] if down is None else [(key, value), down]
@@ -94,12 +98,20 @@ def usable(
 
 
 class Layer(NamedTuple):
-    """What stays from step to step, as long as the layer's tensors lie at one place."""
+    """What stays from step to step, as long as these tensors are the layer's."""
 
     place: tuple[Any, ...]
+    cache: Callable[[], torch.Tensor | None]
+    down: Down | None
     packed: bytes
     channels: int
     of_thread: int
+
+    def projects(self, down: Down | None) -> bool:
+        """Whether by these bases."""
+        if self.down is None or down is None:
+            return self.down is down
+        return self.down[0] is down[0] and self.down[1] is down[1]
 
 
 def _layer(
@@ -108,7 +120,7 @@ def _layer(
     value: torch.Tensor,
     kv_cache: torch.Tensor,
     layout: LatentLayout,
-    down: tuple[torch.Tensor, torch.Tensor] | None,
+    down: Down | None,
 ) -> Layer:
     """Pack the arguments LAYER."""
     bases = {} if down is None else {"k_down": down[0], "v_down": down[1]}
@@ -142,7 +154,12 @@ def _layer(
             **{name: table.ctypes.data for name, table in _tables().items()},
         }
     return Layer(
-        place, native.packed(LAYER, arguments), groups * (layout.k_rank + layout.v_rank), end
+        place=place,
+        cache=weakref.ref(kv_cache),
+        down=down,
+        packed=native.packed(LAYER, arguments),
+        channels=groups * (layout.k_rank + layout.v_rank),
+        of_thread=end,
     )
 
 

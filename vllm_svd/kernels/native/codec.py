@@ -112,12 +112,23 @@ def _codes_at(builder, address):
     return builder.zext(codes, INTEGERS)
 
 
+def fp8_bits(builder, codes):
+    """The bits of the floats that e4m3 numbers are, NaN aside, which stands beside its scale."""
+    size = builder.and_(codes, all_lanes(0x7F))
+    # The exponent's bias is 7 in place of 127; below 2^-6 are multiples of 2^-9.
+    normal = builder.add(builder.shl(size, all_lanes(20)), all_lanes(120 << 23))
+    multiple = builder.fmul(builder.sitofp(size, VECTOR), all_lanes(2.0**-9))
+    small = builder.icmp_signed("<", size, all_lanes(8))
+    bits = builder.select(small, builder.bitcast(multiple, INTEGERS), normal)
+    return builder.or_(bits, builder.shl(builder.and_(codes, all_lanes(0x80)), all_lanes(24)))
+
+
 # In vectors, which the compiler does not find by itself in loops over parts of bytes.
 @intrinsic
-def _levels(typingctx, codes, shift, mask, flip, middle, scale, out):  # noqa: ARG001
+def _levels(typingctx, codes, shift, mask, flip, middle, scale, out):
     """out [LANES] = ((((codes >> shift) & mask) ^ flip) - middle) * scale."""
 
-    def generate(context, builder, signature, arguments):  # noqa: ARG001
+    def generate(context, builder, signature, arguments):
         codes, shift, mask, flip, middle, scale, out = arguments
         narrow = [builder.trunc(value, ir.IntType(32)) for value in (shift, mask, flip)]
         shift, mask, flip = (splat(builder, value) for value in narrow)
@@ -133,20 +144,12 @@ def _levels(typingctx, codes, shift, mask, flip, middle, scale, out):  # noqa: A
 
 
 @intrinsic
-def _fp8_levels(typingctx, codes, scale, out):  # noqa: ARG001
+def _fp8_levels(typingctx, codes, scale, out):
     """out [LANES] = e4m3 numbers of these bits, times scale; NaN stands beside a scale of NaN."""
 
-    def generate(context, builder, signature, arguments):  # noqa: ARG001
+    def generate(context, builder, signature, arguments):
         codes, scale, out = arguments
-        read = _codes_at(builder, codes)
-        size = builder.and_(read, all_lanes(0x7F))
-        # The exponent's bias is 7 in place of 127; below 2^-6 are multiples of 2^-9.
-        normal = builder.add(builder.shl(size, all_lanes(20)), all_lanes(120 << 23))
-        multiple = builder.fmul(builder.sitofp(size, VECTOR), all_lanes(2.0**-9))
-        small = builder.icmp_signed("<", size, all_lanes(8))
-        bits = builder.select(small, builder.bitcast(multiple, INTEGERS), normal)
-        sign = builder.shl(builder.and_(read, all_lanes(0x80)), all_lanes(24))
-        level = builder.bitcast(builder.or_(bits, sign), VECTOR)
+        level = builder.bitcast(fp8_bits(builder, _codes_at(builder, codes)), VECTOR)
         level = builder.fmul(level, splat(builder, scale))
         builder.store(level, builder.inttoptr(out, VECTOR.as_pointer()), align=4)
         return context.get_dummy_value()

@@ -31,30 +31,30 @@ def whole(count):
 
 
 @intrinsic
-def pointer(typingctx, address):  # noqa: ARG001
+def pointer(typingctx, address):
     """An address as a pointer."""
 
-    def generate(context, builder, signature, arguments):  # noqa: ARG001
+    def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), generate
 
 
 @intrinsic
-def address(typingctx, pointer):  # noqa: ARG001
+def address(typingctx, pointer):
     """A pointer as an address."""
 
-    def generate(context, builder, signature, arguments):  # noqa: ARG001
+    def generate(context, builder, signature, arguments):
         return builder.ptrtoint(arguments[0], ir.IntType(64))
 
     return types.int64(types.voidptr), generate
 
 
 @intrinsic
-def count_up(typingctx, address):  # noqa: ARG001
+def count_up(typingctx, address):
     """Count the int64 at an address up, atomically; its former value."""
 
-    def generate(context, builder, signature, arguments):  # noqa: ARG001
+    def generate(context, builder, signature, arguments):
         counter = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
         return builder.atomic_rmw("add", counter, ir.IntType(64)(1), "seq_cst")
 
@@ -129,8 +129,8 @@ def _moved(half):
     """
 
     @intrinsic
-    def move(typingctx, source, target):  # noqa: ARG001
-        def generate(context, builder, signature, arguments):  # noqa: ARG001
+    def move(typingctx, source, target):
+        def generate(context, builder, signature, arguments):
             source, target = arguments
             place = builder.inttoptr(source, (HALVES if half else VECTOR).as_pointer())
             vector = builder.load(place, align=2 if half else 4)

@@ -1,12 +1,15 @@
 """Products in machine code. Sums are in fp32; addresses, and strides in bytes."""
 
+import functools
+
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from vllm_svd.kernels.native import LANES
+from vllm_svd.kernels.native.features import has
 from vllm_svd.kernels.native.memory import (
     FLOAT32,
     HALVES,
@@ -19,16 +22,8 @@ from vllm_svd.kernels.native.memory import (
     widen,
 )
 
-
-def _has_avx512() -> bool:
-    try:
-        return bool(binding.get_host_cpu_features().get("avx512f"))
-    except RuntimeError:  # where LLVM cannot tell
-        return False
-
-
 # Sums that a product keeps in registers: with AVX-512 half of its 32; else half of 16, two each.
-_SUMS = 16 if _has_avx512() else 4
+SUMS = 16 if has("avx512f") else 4
 
 
 @compiled
@@ -70,11 +65,13 @@ def _block(rows, vectors, half):
     """
 
     @intrinsic
-    def add(typingctx, a, a_stride, b, b_stride, first, last, out, out_stride, keep):  # noqa: ARG001
+    def add(typingctx, a, a_stride, b, b_stride, first, last, out, out_stride, keep):
         word = ir.IntType(64)
         zero = all_lanes(0.0)
+        # Few sums would wait for themselves: each is then taken in so many chains.
+        chains = max(1, SUMS // 2 // (rows * vectors))
 
-        def generate(context, builder, signature, arguments):  # noqa: ARG001
+        def generate(context, builder, signature, arguments):
             a, a_stride, b, b_stride, first, last, out, out_stride, keep = arguments
 
             def at(address, index, stride, kind):
@@ -96,24 +93,37 @@ def _block(rows, vectors, half):
                 for row in range(rows)
             ]
             kept = builder.icmp_signed("!=", keep, word(0))
-            sums = [[cgutils.alloca_once(builder, VECTOR) for _ in of] for of in targets]
-            for totals, places in zip(sums, targets, strict=True):
+            sums = [
+                [[cgutils.alloca_once_value(builder, zero) for _ in of] for of in targets]
+                for _ in range(chains)
+            ]
+            for totals, places in zip(sums[0], targets, strict=True):
                 for total, place in zip(totals, places, strict=True):
                     before = builder.select(kept, builder.load(place, align=4), zero)
                     builder.store(before, total)
             starts = [builder.add(a, builder.mul(word(row), a_stride)) for row in range(rows)]
-            with cgutils.for_range_slice(builder, first, last, word(1)) as (k, _):
+
+            def step(k, chain):
                 rights = read(builder.add(b, builder.mul(k, b_stride)))
-                for start, totals in zip(starts, sums, strict=True):
+                for start, totals in zip(starts, chain, strict=True):
                     left = builder.load(at(start, k, word(4), ir.FloatType()), align=4)
                     left = splat(builder, left)
                     for right, total in zip(rights, totals, strict=True):
                         product = builder.fmul(left, right, flags=("contract",))
                         added = builder.fadd(builder.load(total), product, flags=("contract",))
                         builder.store(added, total)
-            for totals, places in zip(sums, targets, strict=True):
-                for total, place in zip(totals, places, strict=True):
-                    builder.store(builder.load(total), place, align=4)
+
+            left = builder.srem(builder.sub(last, first), word(chains))
+            whole = builder.sub(last, left)
+            with cgutils.for_range_slice(builder, first, whole, word(chains)) as (k, _):
+                for i, chain in enumerate(sums):
+                    step(builder.add(k, word(i)), chain)
+            with cgutils.for_range_slice(builder, whole, last, word(1)) as (k, _):
+                step(k, sums[0])
+            for row, places in enumerate(targets):
+                for v, place in enumerate(places):
+                    found = [builder.load(chain[row][v]) for chain in sums]
+                    builder.store(functools.reduce(builder.fadd, found), place, align=4)
             return context.get_dummy_value()
 
         integer = types.int64
@@ -124,7 +134,7 @@ def _block(rows, vectors, half):
 
 def _rows(rows, half):
     """The product of so many rows, all columns: most at a time, then half as many, then one."""
-    most, item = max(1, min(4, _SUMS // rows)), 2 if half else 4
+    most, item = max(1, min(4, SUMS // rows)), 2 if half else 4
     fewer = max(1, most // 2)
     many, some, one = (_block(rows, vectors, half) for vectors in (most, fewer, 1))
 
@@ -178,7 +188,7 @@ def product(a, a_stride, rows, b, b_stride, first, last, out, out_stride, count,
     Where columns are few, a product of four rows would wait for its few sums.
     """
     row, wide = 0, count
-    if rows >= 8 and _SUMS >= 8:
+    if rows >= 8 and SUMS >= 8:
         wide = count // (4 * LANES) * 4 * LANES
     _few(a, a_stride, rows, b, b_stride, first, last, out, out_stride, wide, keep)
     if wide == count:

@@ -5,23 +5,14 @@ from numba import types
 from numba.extending import intrinsic
 
 from vllm_svd.kernels.native import LANES
-from vllm_svd.kernels.native.memory import (
-    BFLOAT16,
-    FLOAT32,
-    INTEGERS,
-    VECTOR,
-    all_lanes,
-    compiled,
-    whole,
-    widen,
-)
+from vllm_svd.kernels.native.memory import INTEGERS, all_lanes, compiled
 
 _WORD = ir.IntType(64)
 
 
-def _at(builder, address, row, stride, kind):
+def _at(builder, address, row, stride):
     moved = builder.add(address, builder.mul(_WORD(row), stride))
-    return builder.inttoptr(moved, kind.as_pointer())
+    return builder.inttoptr(moved, INTEGERS.as_pointer())
 
 
 def _shuffled(builder, rows):
@@ -58,56 +49,41 @@ def _shuffled(builder, rows):
     return [rows[row & 12 | (row & 1) << 1 | (row & 2) >> 1] for row in range(LANES)]
 
 
-@intrinsic
-def _floats(typingctx, source, source_stride, target, target_stride):  # noqa: ARG001
-    """target [LANES, LANES] = source^T."""
+def _turn(halves):
+    """target = source^T of LANES rows, of as many words, or of twice as many bf16 to floats."""
 
-    def generate(context, builder, signature, arguments):  # noqa: ARG001
-        source, source_stride, target, target_stride = arguments
-        places = [_at(builder, source, row, source_stride, VECTOR) for row in range(LANES)]
-        rows = _shuffled(builder, [builder.load(place, align=4) for place in places])
-        for channel, vector in enumerate(rows):
-            place = _at(builder, target, channel, target_stride, VECTOR)
-            builder.store(vector, place, align=4)
-        return context.get_dummy_value()
+    @intrinsic
+    def turn(typingctx, source, source_stride, target, target_stride):
+        def generate(context, builder, signature, arguments):
+            source, source_stride, target, target_stride = arguments
+            places = [_at(builder, source, row, source_stride) for row in range(LANES)]
+            rows = _shuffled(builder, [builder.load(place, align=1) for place in places])
+            if halves:
+                upper, bits = all_lanes(-1 << 16), all_lanes(16)
+                pairs = [(builder.shl(row, bits), builder.and_(row, upper)) for row in rows]
+                rows = [row for pair in pairs for row in pair]
+            for channel, row in enumerate(rows):
+                builder.store(row, _at(builder, target, channel, target_stride), align=4)
+            return context.get_dummy_value()
 
-    integer = types.int64
-    return types.void(*[integer] * 4), generate
+        integer = types.int64
+        return types.void(*[integer] * 4), generate
+
+    return turn
 
 
-@intrinsic
-def _halves(typingctx, source, source_stride, target, target_stride):  # noqa: ARG001
-    """target [2 * LANES, LANES] = source^T, this in bf16: pairs of channels move together."""
-
-    def generate(context, builder, signature, arguments):  # noqa: ARG001
-        source, source_stride, target, target_stride = arguments
-        places = [_at(builder, source, row, source_stride, INTEGERS) for row in range(LANES)]
-        rows = _shuffled(builder, [builder.load(place, align=2) for place in places])
-        upper, bits = all_lanes(-1 << 16), all_lanes(16)
-        for pair, vector in enumerate(rows):
-            for odd, found in enumerate((builder.shl(vector, bits), builder.and_(vector, upper))):
-                place = _at(builder, target, 2 * pair + odd, target_stride, INTEGERS)
-                builder.store(found, place, align=4)
-        return context.get_dummy_value()
-
-    integer = types.int64
-    return types.void(*[integer] * 4), generate
+_turn_words, _turn_halves = _turn(False), _turn(True)
 
 
 @compiled
-def transpose(source, kind, stride, count, channels, target, target_stride, spare):
-    """target [channels, LANES] of `count` rows of so many channels of any kind.
+def transpose_words(source, stride, count, target, target_stride):
+    """target [count, LANES] of LANES rows of so many words; whole vectors are read and written."""
+    for i in range(0, count, LANES):
+        _turn_words(source + 4 * i, stride, target + i * target_stride, target_stride)
 
-    No other row is read; rows of whole vectors are written; `spare` holds LANES of those.
-    """
-    step = 2 * LANES if kind == BFLOAT16 else LANES
-    if count < LANES or channels % step or (kind != FLOAT32 and kind != BFLOAT16):
-        for row in range(count):
-            widen(kind, source + row * stride, channels, spare + 4 * row * whole(channels))
-        source, kind, stride = spare, FLOAT32, 4 * whole(channels)
-    if kind == FLOAT32:
-        for i in range(0, channels, LANES):
-            _floats(source + 4 * i, stride, target + i * target_stride, target_stride)
-    else:
-        for i in range(0, channels, 2 * LANES):
-            _halves(source + 2 * i, stride, target + i * target_stride, target_stride)
+
+@compiled
+def transpose_halves(source, stride, count, target, target_stride):
+    """As transpose_words, of so many bf16, which become floats."""
+    for i in range(0, count, 2 * LANES):
+        _turn_halves(source + 2 * i, stride, target + i * target_stride, target_stride)
