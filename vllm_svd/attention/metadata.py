@@ -16,6 +16,10 @@ from vllm_svd.errors import UnsupportedModelError
 from vllm_svd.kernels.paged_batch import PagedBatch
 
 
+# Where what is built of vLLM's metadata is kept with it.
+_SHARED = "_latent_metadata"
+
+
 class LatentMetadata(PagedBatch, AttentionMetadata):
     """The batch of this step; slots are given to the cache update by vLLM itself."""
 
@@ -47,13 +51,19 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
                 "causal attention",
                 "serve the model without K/V projections (kv.kept: null in the recipe)",
             )
-        return LatentMetadata(
+        # Layers of other ranks are other groups of one batch, which they are to share.
+        known: LatentMetadata | None = vars(common_attn_metadata).get(_SHARED)
+        if known is not None and known.block_table is common_attn_metadata.block_table_tensor:
+            return known
+        metadata = LatentMetadata(
             query_start_loc=common_attn_metadata.query_start_loc,
             seq_lens=common_attn_metadata.seq_lens,
             block_table=common_attn_metadata.block_table_tensor,
             num_tokens=common_attn_metadata.num_actual_tokens,
             max_query_len=common_attn_metadata.max_query_len,
         )
+        setattr(common_attn_metadata, _SHARED, metadata)
+        return metadata
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
