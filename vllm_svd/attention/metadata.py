@@ -15,7 +15,6 @@ from vllm_svd.compat import (
 from vllm_svd.errors import UnsupportedModelError
 from vllm_svd.kernels.paged_batch import PagedBatch
 
-
 # Where what is built of vLLM's metadata is kept with it.
 _SHARED = "_latent_metadata"
 

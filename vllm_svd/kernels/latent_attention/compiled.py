@@ -1,6 +1,7 @@
-"""latent_attention of few query tokens on a CPU, in machine code that reads the pages in place.
+"""latent_attention on a CPU, in machine code that reads the pages in place.
 
-Contexts are cut into parts, so that one long request uses all cores. Importing this needs no numba.
+Query tokens of a request are taken in runs, for which keys are rebuilt once; contexts are cut into
+parts, so that one long request uses all cores. Importing this needs no numba.
 """
 
 import functools
@@ -21,6 +22,8 @@ from vllm_svd.kernels.paged_batch import PagedBatch, Rope
 
 # Parts of fewer tokens cost more to start and to combine than they balance.
 LEAST_PART = 256
+# Rows of queries of a KV head for which keys are rebuilt once: their states should stay in caches.
+ROWS = 128
 UNLIMITED = 1 << 40
 LOG2_E = math.log2(math.e)  # weights are powers of two
 
@@ -31,41 +34,39 @@ def warm_up() -> None:
         team.team()
 
 
-class FewTokens(NamedTuple):
-    """Requests of a batch and where the machine code finds them.
+class Requests(NamedTuple):
+    """Requests of a batch, and where the machine code finds them.
 
-    All of them, or those `chosen`: int64, in ascending order. Each has at most `most_tokens` query
-    tokens. The batch itself is not kept: it lives as long as its step.
+    The batch itself is not kept: it lives as long as its step.
     """
 
     num_requests: int
+    tokens: int
     most_tokens: int
     packed: bytes
-    tensors: tuple[torch.Tensor | None, ...]
+    tensors: tuple[torch.Tensor, ...]
     """Their addresses are in `packed`."""
 
     @classmethod
-    def of(
-        cls, batch: PagedBatch, most_tokens: int, chosen: torch.Tensor | None = None
-    ) -> "FewTokens":
+    def of(cls, batch: PagedBatch) -> "Requests":
         starts, lengths = _int32(batch.query_start_loc), _int32(batch.seq_lens)
-        tables = _rows(_int32(batch.block_table))
-        count = len(lengths if chosen is None else chosen)
+        tables, count = _rows(_int32(batch.block_table)), len(lengths)
         packed = native.packed(
             team.BATCH,
             {
-                **{"requests": _address(chosen), "num_requests": count},
-                **{"query_start_loc": starts.data_ptr(), "seq_lens": lengths.data_ptr()},
-                **{"tables": tables.data_ptr(), "table_stride": tables.stride(0) * 4},
+                **{"num_requests": count, "query_start_loc": starts.data_ptr()},
+                **{"seq_lens": lengths.data_ptr(), "tables": tables.data_ptr()},
+                "table_stride": tables.stride(0) * 4,
             },
         )
-        return cls(count, most_tokens, packed, (chosen, starts, lengths, tables))
+        tensors = starts, lengths, tables
+        return cls(count, batch.num_tokens, batch.max_query_len, packed, tensors)
 
 
 def attend(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
-    few: FewTokens,
+    requests: Requests,
     output: torch.Tensor,
     *,
     scale: float,
@@ -76,7 +77,7 @@ def attend(
     soft_cap: float | None,
     v_up: torch.Tensor | None = None,
 ) -> bool:
-    """See vllm_svd.kernels.latent_attention; of a batch these requests alone.
+    """See vllm_svd.kernels.latent_attention.
 
     False, and nothing written, where numba is missing or a dtype is not known. Python's own time
     counts here: a step of one request does this for every layer.
@@ -97,11 +98,11 @@ def attend(
             return False
         fixed = query, kv_cache, output, k_up, v_up, rope, layout, sliding_window
         layer = layout.memo["attend"] = _layer(place, *fixed)
-    work = _work(layer.sizes, few.num_requests, few.most_tokens, torch.get_num_threads())
+    work = _work(layer.sizes, *_runs(layer.sizes.group, requests), torch.get_num_threads())
     scratch = native.scratch(work.size)
     addresses = query.data_ptr(), output.data_ptr(), scratch
     call = team.pack_call(scale * LOG2_E, (soft_cap or 0) * LOG2_E, *addresses)
-    arguments = b"".join((call, few.packed, layer.packed, work.packed))
+    arguments = b"".join((call, requests.packed, layer.packed, work.packed))
     native.run(team.team(), arguments, work.threads)
     return True
 
@@ -186,6 +187,7 @@ def _layer(
         **{"cache_end": memory.data_ptr() + memory.nbytes(), "slot_bytes": layout.width * item},
         **{"slot_stride": slot_stride, "reads": reads, "key_words": -(-key_bytes // 4)},
         **{"block_size": block_size, "least_part": LEAST_PART},
+        "query_block": _query_block(heads // kv_heads),
         "window": sliding_window or UNLIMITED,
     }
     sizes = Sizes(
@@ -213,8 +215,17 @@ def _layer(
     )
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _query_block(group: int) -> int:
+    """Query tokens of a run."""
+    return max(1, ROWS // group)
+
+
+def _runs(group: int, requests: Requests) -> tuple[int, int]:
+    """Runs at most, of few different numbers, and query tokens of one at most."""
+    block = _query_block(group)
+    if requests.most_tokens <= block:
+        return requests.num_requests, requests.most_tokens
+    return 1 << (requests.num_requests + requests.tokens // block).bit_length(), block
 
 
 def _int32(tensor: torch.Tensor) -> torch.Tensor:
@@ -235,17 +246,17 @@ class Work(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _work(sizes: Sizes, requests: int, most_tokens: int, threads: int) -> Work:
+def _work(sizes: Sizes, runs: int, most_tokens: int, threads: int) -> Work:
     """States of parts come first in the scratch, then the scratch of each thread."""
     rows = sizes.group * most_tokens
-    # Parts at most: one per head and request, and those that are cut off by length.
-    parts = sizes.kv_heads * requests + threads * ITEMS_PER_THREAD * sizes.shared
-    states = lines(parts * rows * (sizes.v_rank + 2) * 4)
+    # Those of runs of several parts, the last of which may be short.
+    most_states = 2 * threads * ITEMS_PER_THREAD
+    states = lines(sizes.kv_heads * most_states * rows * (sizes.v_rank + 2) * 4)
     k_stride, v_stride = _whole(sizes.k_rank), _whole(sizes.v_rank)
     widest = max(sizes.width, sizes.query_width, sizes.k_rank, sizes.v_width)
     query_stride, heads_rows = _whole(widest), sizes.shared * rows
     floats = {
-        "plan": (requests + 1) * PLAN_COLUMNS * 2,
+        "plan": (runs + 1) * PLAN_COLUMNS * 2,
         "s_query": heads_rows * query_stride,
         "s_result": rows * query_stride,
         "s_slots": LANES * sizes.slot_stride // 4,
@@ -268,10 +279,10 @@ def _work(sizes: Sizes, requests: int, most_tokens: int, threads: int) -> Work:
         end += lines(4 * count)  # no two threads on one cache line
     del offsets["plan"]  # it comes first
     arguments = offsets | {
-        **{"max_rows": rows, "num_threads": threads, "threads_scratch": states},
-        "scratch_stride": end,
+        **{"max_rows": rows, "max_runs": runs, "max_states": most_states},
+        **{"num_threads": threads, "threads_scratch": states, "scratch_stride": end},
     }
-    counters = bytes(8 * (2 + sizes.kv_heads * requests))
+    counters = bytes(8 * (2 + sizes.kv_heads * runs))
     return Work(threads, states + threads * end, native.packed(team.MEMORY, arguments) + counters)
 
 

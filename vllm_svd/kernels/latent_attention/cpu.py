@@ -1,10 +1,11 @@
-"""latent_attention on a CPU: few query tokens compiled, many in torch, the context in tiles.
+"""latent_attention on a CPU: compiled, or in torch where numba is missing, the context in tiles.
 
-All arithmetic is fp32 (CPUs without bf16 units emulate them), with the online softmax of
-FlashAttention, so memory stays bounded by one tile whatever the batch and the context. Torch takes
-requests of equal query length together.
+All arithmetic is fp32, but for exact products of bf16, with the online softmax of FlashAttention,
+so memory stays bounded by one tile whatever the batch and the context. Torch takes requests of
+equal query length together.
 """
 
+import itertools
 from collections import defaultdict
 
 import torch
@@ -16,8 +17,6 @@ from vllm_svd.kernels.products import of_query_heads
 
 # Rebuilt keys and scores of one tile should stay in the last-level cache.
 TILE_BYTES = 4 << 20
-# Query tokens of a request up to which gathering the context costs more than BLAS gains.
-FEW_TOKENS = 8
 # Query tokens at a time: keys are rebuilt for each block of them.
 QUERY_BLOCK = 128
 
@@ -37,11 +36,10 @@ def attend(
     v_up: torch.Tensor | None = None,
 ) -> None:
     """See vllm_svd.kernels.latent_attention."""
-    few, blocks = _split(batch)
-    if few is not None and not compiled.attend(
+    if compiled.attend(
         query,
         kv_cache,
-        few,
+        _requests(batch),
         output,
         scale=scale,
         layout=layout,
@@ -51,13 +49,11 @@ def attend(
         sliding_window=sliding_window,
         soft_cap=soft_cap,
     ):
-        blocks = _blocks(_longer_than(0, batch), batch)
-    if not blocks:
         return
     up = None if k_up is None else k_up.float().transpose(1, 2)
     # Scores are powers of two; those with a cap only once they are capped.
     factor = scale * compiled.LOG2_E if soft_cap is None else scale / soft_cap
-    for query_length, runs in blocks.items():
+    for query_length, runs in _blocks(batch).items():
         requests, firsts, lengths = (list(column) for column in zip(*runs, strict=True))
         rows = torch.tensor(firsts)[:, None] + torch.arange(query_length)
         queries = query[rows].float() * factor
@@ -83,37 +79,23 @@ Blocks = dict[int, list[tuple[int, int, int]]]
 """Runs of query tokens, by their length: request, first token, tokens that the last one sees."""
 
 
-def _blocks(requests: list[int], batch: PagedBatch) -> Blocks:
-    """Query tokens of these requests in runs of at most QUERY_BLOCK.
+_requests = once_per_batch(compiled.Requests.of)
+
+
+@once_per_batch
+def _blocks(batch: PagedBatch) -> Blocks:
+    """Query tokens of all requests in runs of at most QUERY_BLOCK.
 
     A run attends to what its last token sees: shorter runs waste less of what lies above the
     diagonal. Longest contexts first, so that those still alive in a tile are a prefix.
     """
     starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
     found = defaultdict(list)
-    for request in requests:
-        first, after = starts[request : request + 2]
+    for request, (first, after) in enumerate(itertools.pairwise(starts)):
         for begin in range(first, after, QUERY_BLOCK):
             end = min(begin + QUERY_BLOCK, after)
             found[end - begin].append((request, begin, lengths[request] - after + end))
     return {count: sorted(runs, key=lambda run: -run[2]) for count, runs in found.items()}
-
-
-@once_per_batch
-def _split(batch: PagedBatch) -> tuple[compiled.FewTokens | None, Blocks]:
-    """Requests of a few query tokens, and blocks of those of many."""
-    if batch.max_query_len <= FEW_TOKENS:
-        return compiled.FewTokens.of(batch, batch.max_query_len), {}
-    many = _longer_than(FEW_TOKENS, batch)
-    few = sorted({*_longer_than(0, batch)} - {*many})
-    chosen = compiled.FewTokens.of(batch, FEW_TOKENS, torch.tensor(few)) if few else None
-    return chosen, _blocks(many, batch)
-
-
-def _longer_than(tokens: int, batch: PagedBatch) -> list[int]:
-    """Requests of more query tokens than this."""
-    counts = batch.query_start_loc.diff().tolist()
-    return [request for request, count in enumerate(counts) if count > tokens]
 
 
 def _attend_equal_queries(

@@ -1,8 +1,8 @@
 """Machine code of the compiled decode path: how a team of threads shares out a batch.
 
-A thread takes one item after the other until none is left: a KV head, or all that share a latent
-where there is work for all threads, of a request and a part of its context. Who finishes the last
-part of a request's heads combines their parts.
+Query tokens of a request are taken in runs, for which keys are rebuilt once. A thread takes one
+item after the other until none is left: a KV head, or all that share a latent where there is work
+for all threads, of a run and a part of what it sees. Who finishes the last part combines them.
 """
 
 import math
@@ -19,6 +19,7 @@ from vllm_svd.kernels.latent_attention.team import (
     ITEMS_PER_THREAD,
     PLAN_COLUMNS,
     TILE,
+    TOKENS_AT_ONCE,
 )
 from vllm_svd.kernels.native import LANES
 from vllm_svd.kernels.native.memory import (
@@ -43,36 +44,38 @@ COUNTS = 8 * len(FIELDS)
 
 @compiled
 def _cut(c, base, units):
-    """Cut the requests into parts of equal length; the number of them all, and that length.
+    """Cut query tokens into runs, and what they see into parts of equal length; both numbers.
 
-    Rows of the plan, one more for the end: row of the first query token, query tokens, tokens in
-    the cache, first position that is seen, parts of the earlier requests, parts, request.
+    Rows of the plan, one more for the end: row of the first query token, query tokens, tokens that
+    the last one sees, the first of them that any sees, parts of the earlier runs, parts, request,
+    states of the earlier runs, which those of several parts have.
     """
-    plan, chosen = ints(base), ints(c.requests)
-    starts, lengths = words(c.query_start_loc), words(c.seq_lens)
-    total = 0
-    for i in range(c.num_requests):
-        row, request = ints(base + 8 * PLAN_COLUMNS * i), chosen[i] if c.requests else i
-        first, length = np.int64(starts[request]), np.int64(lengths[request])
-        tokens = np.int64(starts[request + 1]) - first
-        row[0], row[1], row[2] = first, tokens, length
-        # Vectors of tokens then lie in one page, where its size is one of theirs.
-        row[3], row[6] = max(length - tokens - c.window + 1, 0) // LANES * LANES, request
-        total += length - row[3]
+    starts, lengths, runs, total = words(c.query_start_loc), words(c.seq_lens), 0, 0
+    for request in range(c.num_requests):
+        first, after = np.int64(starts[request]), np.int64(starts[request + 1])
+        for begin in range(first, after, c.query_block):
+            row, tokens = ints(base + 8 * PLAN_COLUMNS * runs), min(c.query_block, after - begin)
+            end = np.int64(lengths[request]) - (after - begin - tokens)
+            row[0], row[1], row[2], row[6] = begin, tokens, end, request
+            # Vectors of tokens then lie in one page, where its size is one of theirs.
+            row[3] = max(end - tokens - c.window + 1, 0) // LANES * LANES
+            total += end - row[3]
+            runs += 1
     even = total * units // (c.num_threads * ITEMS_PER_THREAD) + 1
     part = (max(even, c.least_part) + TILE - 1) // TILE * TILE
-    parts = 0
-    for i in range(c.num_requests):
-        row = ints(base + 8 * PLAN_COLUMNS * i)
-        row[4], row[5] = parts, (row[2] - row[3] + part - 1) // part if row[1] else 0
+    parts = states = 0
+    for run in range(runs):
+        row = ints(base + 8 * PLAN_COLUMNS * run)
+        row[4], row[5], row[7] = parts, (row[2] - row[3] + part - 1) // part, states
         parts += row[5]
-    plan[PLAN_COLUMNS * c.num_requests + 4] = parts
+        states += row[5] if row[5] > 1 else 0
+    ints(base + 8 * PLAN_COLUMNS * runs)[4] = parts
     return parts, part
 
 
 @compiled
 def _plan(c, base):
-    """Parts of all requests, their length, and the heads of an item: of one latent, if enough."""
+    """Parts of all runs, their length, and the heads of an item: of one latent, if enough."""
     parts, part = _cut(c, base, c.kv_heads // c.shared)
     if c.shared == 1 or parts * c.kv_heads // c.shared >= ENOUGH_PER_THREAD * c.num_threads:
         return parts, part, c.shared
@@ -153,6 +156,13 @@ def _soften(c, row, first, last, base):
 
 
 @compiled
+def _seen(c, length, tokens, token, first, count):
+    """Which tokens of a tile a query token sees: from, and before."""
+    position = length - tokens + token
+    return max(position - c.window + 1 - first, 0), min(position + 1 - first, count)
+
+
+@compiled
 def _mix(c, row, rows, first, last, values, base):
     """Add the values of tokens `first` to `last` of the tile, by their weights, to so many rows."""
     stride, columns, of = 4 * whole(c.v_rank), whole(c.v_rank), value_stride(c)
@@ -166,35 +176,82 @@ def _mix(c, row, rows, first, last, values, base):
 
 
 @compiled
-def _state(c, head, per_head, part):
-    """Where a part's states of a head are kept: for each row the highest score, the sum, V."""
-    return c.scratch + 4 * c.max_rows * (c.v_rank + 2) * (head * per_head + part)
+def _weigh(c, length, tokens, token, beyond, row, rows, first, count, values, base):
+    """Weights, and values mixed by them, of query tokens `token` to `beyond`, in so many rows.
+
+    No row ever meets a value that its token does not see, which may not be finite.
+    """
+    of_token = rows // (beyond - token)
+    begin, _ = _seen(c, length, tokens, beyond - 1, first, count)
+    _, end = _seen(c, length, tokens, token, first, count)
+    if begin < end:  # what all of them see
+        for r in range(rows):
+            seen, last = _seen(c, length, tokens, token + r // of_token, first, count)
+            _soften(c, row + r, seen, last, base)
+        _mix(c, row, rows, begin, end, values, base)
+    for one in range(token, beyond):
+        seen, last = _seen(c, length, tokens, one, first, count)
+        at = row + (one - token) * of_token
+        if begin < end:
+            if seen < begin:
+                _mix(c, at, of_token, seen, begin, values, base)
+            if end < last:
+                _mix(c, at, of_token, end, last, values, base)
+        elif seen < last:
+            for r in range(of_token):
+                _soften(c, at + r, seen, last, base)
+            _mix(c, at, of_token, seen, last, values, base)
 
 
 @compiled
-def _combine(c, head, request, per_head, base):
-    """Parts of the context of one head and request, weighed by their sums, to the output."""
-    of = ints(base + 8 * PLAN_COLUMNS * request)
-    parts, rows = of[5], of[1] * c.group
-    stride, columns = 4 * c.max_rows * (c.v_rank + 2), whole(c.v_rank)
-    for row in range(rows):
-        start = _state(c, head, per_head, of[4]) + 4 * row * (c.v_rank + 2)
-        result = floats(base + c.s_mixed + 4 * columns * row)
-        highest = np.float32(-np.inf)
+def _state(c, head, index):
+    """Where the states of a part of a head are kept: for each row the highest score, the sum, V."""
+    return c.scratch + 4 * c.max_rows * (c.v_rank + 2) * (head * c.max_states + index)
+
+
+@compiled
+def _keep(c, head, index, row, rows, base):
+    """Keep the states of a part, which are in rows from `row` on."""
+    highest, total = floats(base + c.s_highest), floats(base + c.s_total)
+    for r in range(rows):
+        start = _state(c, head, index) + 4 * (c.v_rank + 2) * r
+        state, kept = floats(start), floats(start + 8)
+        mixed = floats(base + c.s_mixed + 4 * whole(c.v_rank) * (row + r))
+        state[0], state[1] = highest[row + r], total[row + r]
+        for i in range(c.v_rank):
+            kept[i] = mixed[i]
+
+
+@compiled
+def _combine(c, head, index, parts, row, rows, base):
+    """The states of all parts, weighed by their sums, as one in rows from `row` on."""
+    total, stride = floats(base + c.s_total), 4 * c.max_rows * (c.v_rank + 2)
+    for r in range(rows):
+        start = _state(c, head, index) + 4 * r * (c.v_rank + 2)
+        place = base + c.s_mixed + 4 * whole(c.v_rank) * (row + r)
+        result, highest = floats(place), np.float32(-np.inf)
         for part in range(parts):
             highest = max(highest, floats(start + part * stride)[0])
-        fill(base + c.s_mixed + 4 * columns * row, c.v_rank, 0)
-        total = np.float32(0)
+        fill(place, c.v_rank, 0)
+        total[row + r] = np.float32(0)
         for part in range(parts):
             state = floats(start + part * stride)
             mixed = floats(start + part * stride + 8)
             weight = np.float32(math.exp2(state[0] - highest))
-            total += weight * state[1]
+            total[row + r] += weight * state[1]
             for i in range(c.v_rank):
                 result[i] += weight * mixed[i]
+
+
+@compiled
+def _finish(c, head, first_row, row, rows, base):
+    """Write what rows from `row` on have mixed to the output, from its row `first_row` on."""
+    total, columns = floats(base + c.s_total), whole(c.v_rank)
+    source, source_stride, width = base + c.s_mixed + 4 * columns * row, 4 * columns, c.v_rank
+    for r in range(rows):
+        result = floats(source + r * source_stride)
         for i in range(c.v_rank):
-            result[i] /= total
-    source, source_stride, width = base + c.s_mixed, 4 * columns, c.v_rank
+            result[i] /= total[row + r]
     if c.v_up != 0:
         up, columns, width = c.v_up + head * c.v_up_stride_0, whole(c.v_width), c.v_width
         out, out_stride = base + c.s_result, _query_stride(c)
@@ -202,23 +259,22 @@ def _combine(c, head, request, per_head, base):
             source, source_stride, rows, up, 4 * columns, 0, c.v_rank, out, out_stride, columns, 0
         )
         source, source_stride = out, out_stride
-    for row in range(rows):
-        output = c.output + (of[0] + row // c.group) * c.output_stride_0
-        output += (head * c.group + row % c.group) * c.output_stride_1
-        narrow(c.output_kind, source + row * source_stride, width, output)
+    for r in range(rows):
+        output = c.output + (first_row + r // c.group) * c.output_stride_0
+        output += (head * c.group + r % c.group) * c.output_stride_1
+        narrow(c.output_kind, source + r * source_stride, width, output)
 
 
 @compiled
-def _run_item(c, counts, unit, heads, request, part, per_head, length_of_part, base):
-    """Heads from unit * heads on, of one latent, over a part of the context of a request."""
-    of = ints(base + 8 * PLAN_COLUMNS * request)
+def _run_item(c, counts, unit, heads, run, part, length_of_part, base):
+    """Heads from unit * heads on, of one latent, over a part of what a run sees."""
+    of = ints(base + 8 * PLAN_COLUMNS * run)
     tokens, length, begin = of[1], of[2], of[3] + part * length_of_part
     rows, first_head, queries = tokens * c.group, unit * heads, base + c.s_query
     table = c.tables + of[6] * c.table_stride
     for i in range(heads):
         place = queries + i * rows * _query_stride(c)
         _load_query(c, first_head + i, of[0], tokens, place, base)
-    highest, total = floats(base + c.s_highest), floats(base + c.s_total)
     fill(base + c.s_highest, heads * rows, -np.inf)
     fill(base + c.s_total, heads * rows, 0)
     fill(base + c.s_mixed, heads * rows * whole(c.v_rank), 0)
@@ -228,29 +284,23 @@ def _run_item(c, counts, unit, heads, request, part, per_head, length_of_part, b
         values = load_latents(c, table, first_head // c.shared, first, count, base)
         for i in range(heads):
             _score(c, first_head + i, first, count, i * rows, rows, base)
-        # Heads of one query token see the same: one product for all of them.
-        at_once = 1 if tokens > 1 else heads
-        for i in range(0, heads, at_once):
-            for token in range(tokens):
-                position, row = length - tokens + token, i * rows + token * c.group
-                seen = max(position - c.window + 1 - first, 0)
-                beyond = min(position + 1 - first, count)
-                if seen < beyond:
-                    for r in range(row, row + at_once * c.group):
-                        _soften(c, r, seen, beyond, base)
-                    _mix(c, row, at_once * c.group, seen, beyond, values, base)
-    for i in range(heads):
-        for row in range(rows):
-            start = _state(c, first_head + i, per_head, of[4] + part) + 4 * (c.v_rank + 2) * row
-            state, kept = floats(start), floats(start + 8)
-            mixed = floats(base + c.s_mixed + 4 * whole(c.v_rank) * (i * rows + row))
-            state[0], state[1] = highest[i * rows + row], total[i * rows + row]
-            for j in range(c.v_rank):
-                kept[j] = mixed[j]
-    finished = counts + 8 * (2 + unit * c.num_requests + request)
-    if count_up(finished) == of[5] - 1:
+        if tokens == 1:  # heads see the same
+            _weigh(c, length, 1, 0, 1, 0, heads * rows, first, count, values, base)
+            continue
         for i in range(heads):
-            _combine(c, first_head + i, request, per_head, base)
+            for token in range(0, tokens, TOKENS_AT_ONCE):
+                beyond, row = min(token + TOKENS_AT_ONCE, tokens), i * rows + token * c.group
+                here = (beyond - token) * c.group
+                _weigh(c, length, tokens, token, beyond, row, here, first, count, values, base)
+    if of[5] > 1:
+        for i in range(heads):
+            _keep(c, first_head + i, of[7] + part, i * rows, rows, base)
+        if count_up(counts + 8 * (2 + unit * c.max_runs + run)) < of[5] - 1:
+            return
+        for i in range(heads):
+            _combine(c, first_head + i, of[7], of[5], i * rows, rows, base)
+    for i in range(heads):
+        _finish(c, first_head + i, of[0], i * rows, rows, base)
 
 
 @compiled
@@ -261,11 +311,11 @@ def _run(c, counts):
     item = count_up(begun)
     while item < c.kv_heads // heads * parts:
         unit, at = divmod(item, parts)
-        request = 0
-        while at >= ints(base + 8 * PLAN_COLUMNS * (request + 1))[4]:
-            request += 1
-        part = at - ints(base + 8 * PLAN_COLUMNS * request)[4]
-        _run_item(c, counts, unit, heads, request, part, parts, length, base)
+        at, run = parts - 1 - at, 0  # the last runs of a prompt see most
+        while at >= ints(base + 8 * PLAN_COLUMNS * (run + 1))[4]:
+            run += 1
+        part = at - ints(base + 8 * PLAN_COLUMNS * run)[4]
+        _run_item(c, counts, unit, heads, run, part, length, base)
         item = count_up(begun)
 
 

@@ -10,19 +10,20 @@ TILE = 64  # tokens whose latents are decoded, and keys rebuilt, at a time
 ITEMS_PER_THREAD = 4
 # Items a thread from which heads that share a latent are better read together than shared out.
 ENOUGH_PER_THREAD = 2
-PLAN_COLUMNS = 7
+TOKENS_AT_ONCE = 4  # query tokens whose values are mixed by one product
+PLAN_COLUMNS = 8
 # All but the first two are integers: addresses, sizes, strides in bytes; `s_` are offsets in the
 # scratch of a thread, of which the first begins at `threads_scratch`. Those of a call are followed
 # by those of the batch, of the layer and of the memory for both, which are packed once, and by
-# counters: of threads, of items begun, of the parts finished of each head and request.
+# counters: of threads, of items begun, of the parts finished of each head and run.
 _CALL = """
 query output scratch
 """
 _BATCH = """
-requests num_requests query_start_loc seq_lens tables table_stride
+num_requests query_start_loc seq_lens tables table_stride
 """
 _LAYER = """
-kv_heads least_part window block_size
+kv_heads query_block least_part window block_size
 cache cache_kind cache_item cache_stride_0 cache_stride_1 cache_stride_2 cache_end
 slot_bytes slot_stride reads key_words
 k_runs k_num_runs v_runs v_num_runs scale_table v_begins v_tables v_vectors
@@ -33,7 +34,7 @@ up up_stride_0 up_stride_1 rebuilt paired spans num_spans order in_order angles
 v_up v_up_stride_0 v_width
 """
 _MEMORY = """
-max_rows num_threads threads_scratch scratch_stride
+max_rows max_runs max_states num_threads threads_scratch scratch_stride
 s_query s_result s_slots s_words s_rows s_latents s_scales s_quotients s_keys s_v
 s_weights s_mixed s_highest s_total s_row
 """
