@@ -12,7 +12,7 @@ import paged_cases
 import torch
 from paged_cases import Case
 
-from vllm_svd.kernels.latent_attention import cpu
+from vllm_svd.kernels.latent_attention import compiled
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.latent_store import compiled as store
 from vllm_svd.kernels.paged_batch import Rope
@@ -59,7 +59,7 @@ def attend(**shape: Any) -> None:
     last = {16: 96, 24: 72}[shape["block"]]  # whole pages; of the latter whole vectors are not
     case = at_the_end(paged_cases.build([(1, 5), (3, 40), (1, last)], **shape))
     output = guarded(torch.full(case.shape, torch.nan, dtype=case.query.dtype))
-    cpu.attend(case.query, case.cache, case.batch, output, **case.settings)
+    assert compiled.attend(case.query, case.cache, case.batch, output, **case.settings)
     assert output.isfinite().all(), shape
 
 

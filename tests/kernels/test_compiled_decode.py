@@ -16,10 +16,13 @@ import pytest
 import torch
 from paged_cases import Case
 
-from vllm_svd.kernels import native
-from vllm_svd.kernels.latent_attention import compiled, cpu, reference, team
+from vllm_svd.kernels import latent_attention, native
+from vllm_svd.kernels.latent_attention import compiled, team
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.paged_batch import PagedBatch
+
+if native.is_there():
+    from vllm_svd.kernels.native import features
 
 pytestmark = [
     pytest.mark.skipif(not native.is_there(), reason="needs numba"),
@@ -31,7 +34,6 @@ INT8_4_2 = (((8, "int8"), (4, "int4"), (4, "int2")), ((4, "int8"), (12, "int4"),
 FP8 = (((16, "fp8_e4m3"),), ((24, "fp8_e4m3"),))
 INT4 = (((16, "int4"),), ((24, "int4"),))
 UNUSED = 2**31 - 1
-DOUBLE_AND_FLOAT = (torch.float64, torch.float32)
 ALL = [(1, 1), (1, 40), (7, 7), (8, 53), (1, 33), (5, 48), (2, 200)]
 
 
@@ -40,8 +42,7 @@ build = functools.partial(paged_cases.build, unused=UNUSED)
 
 def run(case: Case) -> torch.Tensor:
     output = torch.full(case.shape, torch.nan, dtype=case.query.dtype)
-    requests = compiled.Requests.of(case.batch)
-    assert compiled.attend(case.query, case.cache, requests, output, **case.settings)
+    assert compiled.attend(case.query, case.cache, case.batch, output, **case.settings)
     return output
 
 
@@ -123,12 +124,7 @@ def test_bases_may_be_wider_than_queries(mode):
 @pytest.mark.parametrize("mode", ["pre", "post"])
 @pytest.mark.parametrize("tokens", [9, 40, 300])
 def test_many_tokens_are_projected_too(mode, tokens):
-    lengths = [(tokens, tokens), (1, 33), (tokens, tokens + 70)]
-    case = build(lengths, mode=mode, projects=True, unused=0)
-    outputs = [torch.empty(len(case.query), 4, 32, dtype=dtype) for dtype in DOUBLE_AND_FLOAT]
-    reference.attend(case.query, case.cache, case.batch, outputs[0], **case.settings)
-    cpu.attend(case.query, case.cache, case.batch, outputs[1], **case.settings)
-    torch.testing.assert_close(outputs[1].double(), outputs[0], rtol=1e-4, atol=1e-5)
+    check(build([(tokens, tokens), (1, 33), (tokens, tokens + 70)], mode=mode, projects=True))
 
 
 def test_every_fp32_is_rounded_to_fp16_and_bf16_as_torch_does():
@@ -242,31 +238,126 @@ def test_a_latent_that_is_not_finite_reaches_only_those_who_see_it():
     assert not output[[1, 3, 4]].isfinite().any()
 
 
+def test_a_value_that_is_not_finite_reaches_only_those_who_see_it():
+    """Though tokens of a prompt are multiplied together."""
+    case = build([(70, 170), (9, 9), (1, 200)], window=40, mode="post")
+    for request, position in ((0, 133), (1, 5), (2, 150)):
+        page = case.batch.block_table[request, position // 16].long()
+        case.cache[page, :, position % 16, 16:] = torch.nan
+    output = run(case)
+    finite = torch.ones(80, dtype=torch.bool)
+    finite[33:70], finite[75:79] = False, False  # 100 tokens were there before; 200 are seen from
+    assert torch.equal(output.isfinite().all(dim=(1, 2)), finite)
+    assert not output[~finite].isfinite().any()
+
+
+def test_a_step_of_everything():
+    """Prompts, chunks of them, drafts to verify and decode steps, long and short."""
+    lengths = [(1, 700), (200, 200), (64, 321), (5, 90), (1, 1), (130, 259), (3, 64)]
+    for shape in ({}, {"mode": "post"}, {"shared": 2, "tiers": WHOLE, "dtype": torch.bfloat16}):
+        check(build(lengths, kv_heads=4, **shape), build(lengths, kv_heads=4, window=50, **shape))
+
+
+# Of whole words, as bf16 pairs want them, and of halves of one.
+WHOLE = (((8, "int8"), (16, "int4"), (24, "int2")), ((8, "int8"), (8, "int4"), (16, "int2")))
+PAIRED = [
+    WHOLE,
+    (((32, "int2"),), ((48, "int2"),)),
+    (((8, "int2"),), ((8, "int2"),)),
+    (((40, "int4"),), ((128, "int4"), (8, "int2"))),
+    (((4, "int4"),), ((256, "int4"),)),
+    (((4, "int8"),), ((20, "int8"), (300, "int2"))),
+    (((8, "fp8_e4m3"), (16, "int2")), ((4, "fp8_e4m3"), (8, "int4"))),
+    (((64, "int8"), (64, "int4")), ((16, "int4"), (12, "int4"))),
+    (((4, "int2"), (16, "int8")), ((4, "int2"), (16, "int8"))),  # not words
+]
+
+
+@pytest.mark.parametrize("tiers", PAIRED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tiers_of_any_size(tiers, dtype):
+    """Bases that bf16 has exactly, whatever the dtype: where the CPU can, pairs are multiplied."""
+    for shape in ({}, {"kv_heads": 4, "shared": 2}, {"block": 12, "d": 48, "rotary_dim": 16}):
+        case = build(ALL, tiers=tiers, **shape)
+        settings = case.settings | {"k_up": case.settings["k_up"].bfloat16().to(dtype)}
+        check(replace(case, query=case.query.to(dtype), settings=settings))
+
+
+@pytest.mark.parametrize("k_rank", [2, 6, 16, 30, 40, 64])
+def test_pairs_of_any_rank(k_rank):
+    for shape in ({"d": 64}, {"d": 40, "neox": False}, {"d": 24, "rotary_dim": 16, "block": 7}):
+        check(build(ALL, k_rank=k_rank, dtype=torch.bfloat16, **shape))
+
+
+def test_products_in_bf16_are_exact_where_they_are_used():
+    """The same basis, with and without a last bit that bf16 has not: pairs only without."""
+    case = build(ALL, dtype=torch.bfloat16)
+    inexact = case.settings["k_up"].float()
+    inexact[0, 0, 0] *= 1 + 2**-12
+    layouts = [LatentLayout(16, 24) for _ in range(2)]
+    for layout, basis in zip(layouts, (case.settings["k_up"], inexact), strict=True):
+        check(replace(case, settings=case.settings | {"k_up": basis, "layout": layout}))
+    paired = [layout.memo["attend"].paired for layout in layouts]
+    assert paired == [features.has("avx512bf16", "avx512bw"), False]
+
+
+# What LLVM calls the vector units of CPUs that others have.
+OTHER_CPUS = {
+    "haswell": "+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2",
+    "skylake-avx512": "+sse4.2,+avx,+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl,+avx512dq",
+}
+
+
+@pytest.mark.parametrize("cpu", OTHER_CPUS)
+def test_other_cpus(cpu):
+    """With fewer units than this one may have, which this one then has to do without, too."""
+    if not features.has(*OTHER_CPUS[cpu].replace("+", "").split(",")):
+        pytest.skip(f"this CPU cannot do all that a {cpu} does")
+    program = """
+import torch
+from test_compiled_decode import ALL, INT8_4_2, WHOLE, build, check
+from vllm_svd.kernels.native import features
+assert not features.has("avx512bf16") and not features.has("avx512vbmi")
+torch.set_num_threads(2)
+for shape in ({}, {"tiers": INT8_4_2}, {"tiers": WHOLE, "kv_heads": 4, "shared": 2}):
+    for dtype in (torch.float32, torch.bfloat16):
+        for mode in ("pre", "post"):
+            check(build([*ALL, (90, 130)], mode=mode, dtype=dtype, d=64, **shape))
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": OTHER_CPUS[cpu]}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
+
+
 def test_scores_of_any_size():
     case = build([(1, 300), (1, 70)], mode="post")
     for factor in (1e-30, 30.0, 1e4):
         check(replace(case, query=case.query * factor))
 
 
-def test_torch_gives_the_same_without_numba(monkeypatch):
+def test_torch_serves_where_numba_is_missing(monkeypatch):
+    """And gives the same."""
     case = build([(1, 40), (30, 30), (2, 90), (140, 164), (1, 5)])
     case.batch.block_table[case.batch.block_table == UNUSED] = 0  # torch reads whole rows of it
-    outputs = []
-    for there in (True, False):
-        monkeypatch.setattr(native, "is_there", lambda there=there: there)
-        case.settings["layout"].memo.clear()
-        for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16):
+        outputs = []
+        for there in (True, False):
+            monkeypatch.setattr(native, "is_there", lambda there=there: there)
+            monkeypatch.setattr(team, "team", team.team if there else None)
+            case.settings["layout"].memo.clear()
             output = torch.full((174, 4, 24), torch.nan, dtype=dtype)
-            cpu.attend(case.query, case.cache, case.batch, output, **case.settings)
+            latent_attention.attend(case.query, case.cache, case.batch, output, **case.settings)
             outputs.append(output)
-    torch.testing.assert_close(outputs[0], outputs[2])
-    torch.testing.assert_close(outputs[1], outputs[3])
+        monkeypatch.undo()
+        torch.testing.assert_close(*outputs)
+    monkeypatch.setattr(native, "is_there", lambda: False)
+    compiled.warm_up()
 
 
 def test_what_is_kept_of_a_batch_goes_with_it():
     case = build([(1, 40), (30, 30)])
     output = torch.empty(31, 4, 24)
-    cpu.attend(case.query, case.cache, case.batch, output, **case.settings)
+    compiled.attend(case.query, case.cache, case.batch, output, **case.settings)
     batch = weakref.ref(case.batch)
     del case
     gc.collect()
@@ -298,16 +389,6 @@ assert os.waitpid(child, 0)[1] == 0
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
-
-
-def test_without_numba_torch_serves_all(monkeypatch):
-    monkeypatch.setattr(native, "is_there", lambda: False)
-    case = build([(1, 40)])
-    monkeypatch.setattr(team, "team", None)
-    output = torch.empty(1, 4, 24)
-    cpu.attend(case.query, case.cache, case.batch, output, **case.settings)
-    assert output.isfinite().all()
-    compiled.warm_up()
 
 
 def test_other_code_may_look_at_the_namespaces_of_all_modules():

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_cases import DEVICE, Case, Tiers
 
-from vllm_svd.kernels.latent_attention import cpu, reference, split_triton, triton
+from vllm_svd.kernels import native
+from vllm_svd.kernels.latent_attention import compiled, cpu, reference, split_triton, triton
 from vllm_svd.kernels.paged_batch import PagedBatch
 
-KERNELS = [triton] if DEVICE == "cuda" else [cpu, triton]
+ON_CPU = [cpu, compiled] if native.is_there() else [cpu]
+KERNELS = [triton] if DEVICE == "cuda" else [*ON_CPU, triton]
 
 build = functools.partial(paged_cases.build, device=DEVICE)
 
@@ -243,22 +245,26 @@ def test_split_contexts(monkeypatch, mode, window, processors, cap):
 @pytest.mark.parametrize(
     "shape", [{}, {"shared": 2}, {"tiers": (THREE, THREE)}, {"soft_cap": 0.5}], ids=str
 )
-def test_prompts_in_blocks_of_queries(monkeypatch, mode, window, shape):
+@pytest.mark.parametrize("kernel", ON_CPU)
+def test_prompts_in_blocks_of_queries(kernel, monkeypatch, mode, window, shape):
     monkeypatch.setattr(cpu, "QUERY_BLOCK", 8)
-    check(cpu, build([(60, 60), (33, 90), (9, 40), (1, 20)], mode=mode, window=window, **shape))
+    monkeypatch.setattr(compiled, "ROWS", 16)
+    case = build([(60, 60), (33, 90), (9, 40), (1, 20)], mode=mode, window=window, **shape)
+    check(kernel, case)
 
 
-def test_a_key_that_is_not_finite_reaches_only_those_who_see_it():
+@pytest.mark.parametrize("kernel", ON_CPU)
+def test_a_key_that_is_not_finite_reaches_only_those_who_see_it(kernel):
     case = build([(70, 70)], window=20)
     case.cache[case.batch.block_table[0, 2], :, 8, :16] = torch.nan  # the key at position 40
     output = torch.empty(case.shape)
-    cpu.attend(case.query, case.cache, case.batch, output, **case.settings)
+    kernel.attend(case.query, case.cache, case.batch, output, **case.settings)
     assert output[:40].isfinite().all() and output[60:].isfinite().all()
     assert not output[40:60].isfinite().any()
 
 
 def test_long_contexts_take_many_tiles(monkeypatch):
-    """The CPU kernel's tiles do not change its result."""
+    """In torch, whose tiles do not change its result."""
     monkeypatch.setattr(cpu, "TILE_BYTES", 1)
     check(cpu, build([(1, 500), (3, 129), (40, 300)]))
     check(cpu, build([(1, 500), (3, 129), (40, 300)], window=50))

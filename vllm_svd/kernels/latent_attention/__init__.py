@@ -1,5 +1,7 @@
 """Causal attention of a ragged batch over a paged cache of latents."""
 
+from typing import Any
+
 import torch
 
 from vllm_svd.kernels.latent_attention import compiled, cpu
@@ -47,34 +49,17 @@ def attend(
     A CPU also takes the bases of the other projections: without `rope`, k_up multiplies a query
     [.., d]; v_up [KV heads, d, v_rank] multiplies the output, [.., d].
     """
+    settings: dict[str, Any] = {
+        **{"scale": scale, "layout": layout, "k_up": k_up, "rope": rope},
+        **{"sliding_window": sliding_window, "soft_cap": soft_cap},
+    }
     if not query.is_cuda:
-        cpu.attend(
-            query,
-            kv_cache,
-            batch,
-            output,
-            scale=scale,
-            layout=layout,
-            k_up=k_up,
-            v_up=v_up,
-            rope=rope,
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
-        )
+        settings["v_up"] = v_up
+        if not compiled.attend(query, kv_cache, batch, output, **settings):
+            cpu.attend(query, kv_cache, batch, output, **settings)
         return
     from vllm_svd.kernels.latent_attention import triton
 
     if v_up is not None or (k_up is not None and rope is None):
         raise ValueError("latent_attention on a GPU leaves projections to its caller")
-    triton.attend(
-        query,
-        kv_cache,
-        batch,
-        output,
-        scale=scale,
-        layout=layout,
-        k_up=k_up,
-        rope=rope,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-    )
+    triton.attend(query, kv_cache, batch, output, **settings)

@@ -18,7 +18,7 @@ from vllm_svd.kernels.latent_attention import packed, team
 from vllm_svd.kernels.latent_attention.team import ITEMS_PER_THREAD, PLAN_COLUMNS, TILE
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.native import KINDS, LANES, lines, places, strided
-from vllm_svd.kernels.paged_batch import PagedBatch, Rope
+from vllm_svd.kernels.paged_batch import PagedBatch, Rope, once_per_batch
 
 # Parts of fewer tokens cost more to start and to combine than they balance.
 LEAST_PART = 256
@@ -63,10 +63,13 @@ class Requests(NamedTuple):
         return cls(count, batch.num_tokens, batch.max_query_len, packed, tensors)
 
 
+_requests = once_per_batch(Requests.of)
+
+
 def attend(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
-    requests: Requests,
+    batch: PagedBatch,
     output: torch.Tensor,
     *,
     scale: float,
@@ -77,7 +80,7 @@ def attend(
     soft_cap: float | None,
     v_up: torch.Tensor | None = None,
 ) -> bool:
-    """See vllm_svd.kernels.latent_attention.
+    """See vllm_svd.kernels.latent_attention; all that a CPU takes.
 
     False, and nothing written, where numba is missing or a dtype is not known. Python's own time
     counts here: a step of one request does this for every layer.
@@ -98,6 +101,7 @@ def attend(
             return False
         fixed = query, kv_cache, output, k_up, v_up, rope, layout, sliding_window
         layer = layout.memo["attend"] = _layer(place, *fixed)
+    requests = _requests(batch)
     work = _work(layer.sizes, *_runs(layer.sizes.group, requests), torch.get_num_threads())
     scratch = native.scratch(work.size)
     addresses = query.data_ptr(), output.data_ptr(), scratch
@@ -143,6 +147,8 @@ class Layer(NamedTuple):
     v_up: torch.Tensor | None
     cos_sin: torch.Tensor | None
     sliding_window: int | None
+    paired: bool
+    """Whether keys are rebuilt from pairs in bf16."""
     packed: bytes
     sizes: Sizes
     arrays: Any
@@ -209,6 +215,7 @@ def _layer(
         v_up=v_up,
         cos_sin=None if rope is None else rope.cos_sin,
         sliding_window=sliding_window,
+        paired=bool(bases.arguments.get("paired")),
         packed=native.packed(team.LAYER, arguments),
         sizes=sizes,
         arrays=(arrays, bases.arrays),

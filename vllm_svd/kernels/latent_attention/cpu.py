@@ -1,8 +1,8 @@
-"""latent_attention on a CPU: compiled, or in torch where numba is missing, the context in tiles.
+"""latent_attention on a CPU in torch, where numba is missing: the context in tiles.
 
-All arithmetic is fp32, but for exact products of bf16, with the online softmax of FlashAttention,
-so memory stays bounded by one tile whatever the batch and the context. Torch takes requests of
-equal query length together.
+All arithmetic is fp32 (CPUs without bf16 units emulate them), with the online softmax of
+FlashAttention, so memory stays bounded by one tile whatever the batch and the context. Requests of
+equal query length are taken together.
 """
 
 import itertools
@@ -10,7 +10,7 @@ from collections import defaultdict
 
 import torch
 
-from vllm_svd.kernels.latent_attention import compiled
+from vllm_svd.kernels.latent_attention.compiled import LOG2_E
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope, once_per_batch
 from vllm_svd.kernels.products import of_query_heads
@@ -36,23 +36,9 @@ def attend(
     v_up: torch.Tensor | None = None,
 ) -> None:
     """See vllm_svd.kernels.latent_attention."""
-    if compiled.attend(
-        query,
-        kv_cache,
-        _requests(batch),
-        output,
-        scale=scale,
-        layout=layout,
-        k_up=k_up,
-        v_up=v_up,
-        rope=rope,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-    ):
-        return
     up = None if k_up is None else k_up.float().transpose(1, 2)
     # Scores are powers of two; those with a cap only once they are capped.
-    factor = scale * compiled.LOG2_E if soft_cap is None else scale / soft_cap
+    factor = scale * LOG2_E if soft_cap is None else scale / soft_cap
     for query_length, runs in _blocks(batch).items():
         requests, firsts, lengths = (list(column) for column in zip(*runs, strict=True))
         rows = torch.tensor(firsts)[:, None] + torch.arange(query_length)
@@ -77,9 +63,6 @@ def attend(
 
 Blocks = dict[int, list[tuple[int, int, int]]]
 """Runs of query tokens, by their length: request, first token, tokens that the last one sees."""
-
-
-_requests = once_per_batch(compiled.Requests.of)
 
 
 @once_per_batch
@@ -146,7 +129,7 @@ def _attend_equal_queries(
             keys = _rotate(rebuilt, rope, positions.clamp(max=rope.cos_sin.shape[0] - 1))
         scores = queries[:, :alive] @ keys.transpose(-1, -2)
         if soft_cap is not None:
-            scores.tanh_().mul_(soft_cap * compiled.LOG2_E)
+            scores.tanh_().mul_(soft_cap * LOG2_E)
         # Before the first query all is seen, except what lies before a window.
         seen = 0 if sliding_window is not None else max(0, min(lengths[:alive]) - tokens - begin)
         if seen < len(positions):

@@ -68,8 +68,7 @@ def _load_keys(c, source, stride, used, done, base):
     target, rows = base + c.s_latents + 4 * done, base + c.s_rows
     if c.paired and c.cache_kind == TIERS:
         transpose_words(source, stride, c.key_words, base + c.s_words, 4 * LANES)
-        spare = base + c.s_rows
-        decode_pairs(base + c.s_words, c.k_runs, c.k_num_runs, target, 4 * TILE, spare)
+        decode_pairs(base + c.s_words, c.k_runs, c.k_num_runs, target, 4 * TILE)
         _scales(c, source, stride, done, base)
     elif c.paired or c.cache_kind == FLOAT32:
         transpose_words(source, stride, c.key_words, target, 4 * TILE)

@@ -121,10 +121,10 @@ _crumbs, _half_of_crumbs = _of_parts(2, True), _of_parts(2, False)
 
 
 @compiled
-def decode_pairs(words, runs, num_runs, target, stride, spare):
+def _decode(words, runs, num_runs, target, stride):
     """Pairs [.., LANES], tier after tier, of the codes [words, LANES] of LANES latents.
 
-    Every tier begins with a word; `spare` holds a vector.
+    Every tier begins with a word, and may end with half of one: see places.in_pairs.
     """
     for run in range(num_runs):
         of = ints(runs + 40 * run)
@@ -133,11 +133,10 @@ def decode_pairs(words, runs, num_runs, target, stride, spare):
             bits = 4 if kind == INT4 else 2
         left = of[2] * bits // 8  # bytes
         while left > 0:
-            second = target + stride if left > 2 else spare
             if kind == INT8:
-                _integers(read, target, second)
+                _integers(read, target, target + stride)
             elif kind == FP8:
-                _fp8(read, target, second)
+                _fp8(read, target, target + stride)
             elif kind == INT4 and left > 2:
                 _nibbles(read, target, stride)
             elif kind == INT4:
@@ -148,3 +147,11 @@ def decode_pairs(words, runs, num_runs, target, stride, spare):
                 _half_of_crumbs(read, target, stride)
             target += stride * (min(left, 4) * 4 // bits)
             read, left = read + 4 * LANES, left - 4
+
+
+@compiled
+def _nothing(words, runs, num_runs, target, stride):
+    """Where there are no such units, nothing of this is even compiled."""
+
+
+decode_pairs = _decode if THERE else _nothing

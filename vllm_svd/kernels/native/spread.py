@@ -90,9 +90,7 @@ def _decode(typingctx, slots, stride, count, scales, table, target, target_strid
 
 
 @compiled
-def decode_spread(
-    slots, stride, count, runs, begins, tables, vectors, target, target_stride, spare
-):
+def _decode_all(slots, stride, count, runs, begins, tables, vectors, target, target_stride, spare):
     """Floats of the latents of `count` slots, as codec.decode, by the tables of native.places.
 
     `spare` holds `count` vectors.
@@ -104,3 +102,11 @@ def decode_spread(
         at, table = slots + begin[vector], tables + 4 * LANES * SPREAD_ROWS * vector
         out = target + 4 * LANES * vector
         _decode(at, stride, count, spare, table, out, target_stride)
+
+
+@compiled
+def _nothing(slots, stride, count, runs, begins, tables, vectors, target, target_stride, spare):
+    """Where bytes cannot be picked, nothing of this is even compiled."""
+
+
+decode_spread = _decode_all if THERE else _nothing
