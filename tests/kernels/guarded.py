@@ -12,7 +12,8 @@ import paged_cases
 import torch
 from paged_cases import Case
 
-from vllm_svd.kernels.latent_attention import compiled
+from vllm_svd.kernels import native
+from vllm_svd.kernels.latent_attention import compiled, packed
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.latent_store import compiled as store
 from vllm_svd.kernels.paged_batch import Rope
@@ -55,9 +56,10 @@ def at_the_end(case: Case) -> Case:
     return Case(guarded(case.query), guarded(pages), case.batch, settings)
 
 
-def attend(**shape: Any) -> None:
+def attend(*lengths: tuple[int, int], **shape: Any) -> None:
     last = {16: 96, 24: 72}[shape["block"]]  # whole pages; of the latter whole vectors are not
-    case = at_the_end(paged_cases.build([(1, 5), (3, 40), (1, last)], **shape))
+    lengths = lengths or ((1, 5), (3, 40), (1, last))
+    case = at_the_end(paged_cases.build([*lengths], **shape))
     output = guarded(torch.full(case.shape, torch.nan, dtype=case.query.dtype))
     assert compiled.attend(case.query, case.cache, case.batch, output, **case.settings)
     assert output.isfinite().all(), shape
@@ -73,9 +75,15 @@ def project(layout: LatentLayout, dtype: torch.dtype, width: int) -> None:
     assert store.store(key, value, cache, slots, layout, down)
 
 
+def scratch(size: int) -> int:
+    return guarded(torch.zeros(size, dtype=torch.uint8)).data_ptr()
+
+
 def main() -> None:
     torch.set_num_threads(2)
+    native.scratch, packed._placed = scratch, guarded
     tiers = ((4, "fp8_e4m3"), (8, "int4"), (4, "int2")), ((20, "int8"), (12, "int2"))
+    words = ((8, "int8"), (16, "int4"), (24, "int2")), ((20, "int8"), (8, "int4"))
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for mode, dtype, block in itertools.product(("pre", "post"), dtypes, (16, 24)):
         shape = {"mode": mode, "dtype": dtype, "block": block, "projects": True}
@@ -83,6 +91,9 @@ def main() -> None:
             attend(k_rank=ranks[0], v_rank=ranks[1], d=48, **shape)
         attend(tiers=tiers, **shape)
         attend(mode=mode, dtype=dtype, block=block, window=9, neox=False)
+        attend((1, 5), (2, 48), **shape)  # three vectors of positions, where the table ends
+        attend((200, 300), (1, 20), kv_heads=4, shared=2, tiers=words, **shape)
+        attend((1, 1500), kv_heads=4, shared=4, tiers=words, **shape)
     found = paged_cases.build([(1, 1)], tiers=tiers).settings["layout"]
     for layout, dtype in itertools.product((LatentLayout(13, 7), found), dtypes):
         project(layout, dtype, 24)

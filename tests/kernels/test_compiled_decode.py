@@ -1,4 +1,4 @@
-"""The compiled decode path against the fp64 reference, over random ragged paged batches."""
+"""The compiled attention against the fp64 reference, over random ragged paged batches."""
 
 import functools
 import gc
@@ -70,6 +70,7 @@ def test_ragged_batches(mode, window, tiers):
         {"k_rank": 3, "v_rank": 2, "mode": "post"},
         {"d": 80, "k_rank": 80, "v_rank": 16},
         {"rotary_dim": 16},
+        {"d": 33, "rotary_dim": 32},
         {"neox": False},
         {"neox": False, "rotary_dim": 24},
         {"block": 1},
@@ -251,6 +252,45 @@ def test_a_value_that_is_not_finite_reaches_only_those_who_see_it():
     assert not output[~finite].isfinite().any()
 
 
+@pytest.mark.parametrize("tier", range(6))
+def test_a_scale_of_nan_reaches_only_those_who_see_it(tier):
+    """Of any tier of keys or values, whose quotients the others are multiplied by, too."""
+    case = build([(1, 100), (1, 100), (1, 300)], tiers=WHOLE, dtype=torch.bfloat16)
+    layout = case.settings["layout"]
+    scale = [run.scale for runs in layout.runs for run in runs][tier]
+    page = case.batch.block_table[1, 77 // 16].long()
+    case.cache[page, 0, 77 % 16, scale] = 255
+    output = run(case)
+    assert not output[1, :2].isfinite().any()  # the first KV head
+    assert output[[0, 2]].isfinite().all() and output[1, 2:].isfinite().all()
+
+
+def test_heads_of_one_latent_in_items_and_parts_of_their_own():
+    """One request that is too short to be shared out as one item for all of its heads."""
+    shape = {"kv_heads": 4, "shared": 4, "tiers": WHOLE, "dtype": torch.bfloat16}
+    check(build([(1, 700)], **shape), build([(5, 600)], **shape))
+    check(build([(1, 700)], mode="post", **shape), build([(5, 600)], mode="post", **shape))
+
+
+def test_what_was_made_of_other_tensors_is_not_used():
+    case = build(ALL, dtype=torch.bfloat16)
+    outputs = []
+    for changed in (
+        {},
+        {"rope": case.settings["rope"]._replace(is_neox=False)},
+        {"k_up": case.settings["k_up"] * 2},
+        {"rope": case.settings["rope"]._replace(cos_sin=-case.settings["rope"].cos_sin)},
+    ):
+        one = replace(case, settings=case.settings | changed)
+        check(one)
+        outputs.append(run(one))
+    moved = replace(case, cache=case.cache.flip(0).contiguous())
+    moved.batch.block_table[:] = len(case.cache) - 1 - moved.batch.block_table
+    moved.batch.block_table[moved.batch.block_table < 0] = UNUSED
+    assert torch.equal(run(moved), outputs[0])
+    assert not any(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
 def test_a_step_of_everything():
     """Prompts, chunks of them, drafts to verify and decode steps, long and short."""
     lengths = [(1, 700), (200, 200), (64, 321), (5, 90), (1, 1), (130, 259), (3, 64)]
@@ -280,13 +320,18 @@ def test_tiers_of_any_size(tiers, dtype):
     for shape in ({}, {"kv_heads": 4, "shared": 2}, {"block": 12, "d": 48, "rotary_dim": 16}):
         case = build(ALL, tiers=tiers, **shape)
         settings = case.settings | {"k_up": case.settings["k_up"].bfloat16().to(dtype)}
-        check(replace(case, query=case.query.to(dtype), settings=settings))
+        check(replace(case, settings=settings))
+
+
+def in_fp32(case: Case) -> Case:
+    """Of the same latents and bases: no rounding of queries and outputs hides one of theirs."""
+    return replace(case, query=case.query.float())
 
 
 @pytest.mark.parametrize("k_rank", [2, 6, 16, 30, 40, 64])
 def test_pairs_of_any_rank(k_rank):
     for shape in ({"d": 64}, {"d": 40, "neox": False}, {"d": 24, "rotary_dim": 16, "block": 7}):
-        check(build(ALL, k_rank=k_rank, dtype=torch.bfloat16, **shape))
+        check(in_fp32(build(ALL, k_rank=k_rank, dtype=torch.bfloat16, **shape)))
 
 
 def test_products_in_bf16_are_exact_where_they_are_used():
@@ -296,7 +341,8 @@ def test_products_in_bf16_are_exact_where_they_are_used():
     inexact[0, 0, 0] *= 1 + 2**-12
     layouts = [LatentLayout(16, 24) for _ in range(2)]
     for layout, basis in zip(layouts, (case.settings["k_up"], inexact), strict=True):
-        check(replace(case, settings=case.settings | {"k_up": basis, "layout": layout}))
+        settings = case.settings | {"k_up": basis, "layout": layout}
+        check(in_fp32(replace(case, settings=settings)))
     paired = [layout.memo["attend"].paired for layout in layouts]
     assert paired == [features.has("avx512bf16", "avx512bw"), False]
 

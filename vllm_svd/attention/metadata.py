@@ -42,7 +42,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         self,
         common_prefix_len: int,  # noqa: ARG002
         common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,  # noqa: ARG002
+        fast_build: bool = False,
     ) -> LatentMetadata:
         if common_attn_metadata.causal is not True:
             raise UnsupportedModelError(
@@ -50,9 +50,10 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
                 "causal attention",
                 "serve the model without K/V projections (kv.kept: null in the recipe)",
             )
-        # Layers of other ranks are other groups of one batch, which they are to share.
+        # Layers of other ranks are other groups of one batch, which they are to share. The steps of
+        # a drafter change one object in place, tensors included: those share nothing.
         known: LatentMetadata | None = vars(common_attn_metadata).get(_SHARED)
-        if known is not None and known.block_table is common_attn_metadata.block_table_tensor:
+        if not fast_build and known is not None and _is_of(known, common_attn_metadata):
             return known
         metadata = LatentMetadata(
             query_start_loc=common_attn_metadata.query_start_loc,
@@ -61,7 +62,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
             num_tokens=common_attn_metadata.num_actual_tokens,
             max_query_len=common_attn_metadata.max_query_len,
         )
-        setattr(common_attn_metadata, _SHARED, metadata)
+        setattr(common_attn_metadata, _SHARED, None if fast_build else metadata)
         return metadata
 
     def build_for_cudagraph_capture(
@@ -70,3 +71,13 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         # One key per sequence: capture need not walk max_model_len of an empty cache.
         common_attn_metadata.seq_lens.fill_(1)
         return self.build(0, common_attn_metadata)
+
+
+def _is_of(metadata: LatentMetadata, common: CommonAttentionMetadata) -> bool:
+    return (
+        metadata.query_start_loc is common.query_start_loc
+        and metadata.seq_lens is common.seq_lens
+        and metadata.block_table is common.block_table_tensor
+        and metadata.num_tokens == common.num_actual_tokens
+        and metadata.max_query_len == common.max_query_len
+    )

@@ -73,7 +73,6 @@ class LatentKVMethod(BaseKVCacheMethod):
             basis.data = basis.data.float() if wide else widened(basis.data)
         if not isinstance(layer.impl, LatentImpl):
             return
-        layer.impl.layout.memo.clear()  # of weights that were there before
         latent_attention.prepare(layer.k_down.device)
         latent_store.prepare(layer.k_down.device)
         if layer.impl.needs_rotary:
@@ -96,5 +95,7 @@ def _loader(layer: Any, heads: slice) -> Callable[..., None]:
                 "restore config.json, or compress the model again",
             )
         param.data.copy_(local)
+        if isinstance(layer.impl, LatentImpl):
+            layer.impl.layout.memo.clear()  # kernels keep what they made of the former ones
 
     return load

@@ -95,6 +95,7 @@ def attend(
         or layer.k_up is not k_up
         or layer.v_up is not v_up
         or layer.cos_sin is not cos_sin
+        or (rope is not None and layer.is_neox != rope.is_neox)
         or layer.sliding_window != sliding_window
     ):
         if not usable(query, output, kv_cache, k_up, v_up, cos_sin):
@@ -146,6 +147,7 @@ class Layer(NamedTuple):
     k_up: torch.Tensor | None
     v_up: torch.Tensor | None
     cos_sin: torch.Tensor | None
+    is_neox: bool
     sliding_window: int | None
     paired: bool
     """Whether keys are rebuilt from pairs in bf16."""
@@ -174,13 +176,13 @@ def _layer(
     up = v_up if k_up is None else k_up
     kv_heads, item = groups if up is None else len(up), kv_cache.element_size()
     v_width = 0 if v_up is None else v_up.shape[1]
-    tiers, arrays = _tiers(layout)
-    bases = packed.bases(layout, kv_cache.dtype, k_up, v_up, rope)
+    tiers, arrays, reads = _tiers(layout)
+    bases = _bases(layout, kv_cache.dtype, k_up, v_up, rope)
     key_bytes = layout.k_rank * item
     if layout.quantised:
         key_bytes = sum(tier.code_bytes for tier in layout.k_tiers)
     # Beyond a slot, too: what is turned or decoded is read in whole vectors.
-    reads = max(lines(key_bytes), tiers.pop("reads", 0))
+    reads = max(lines(key_bytes), reads)
     memory, slot_stride = kv_cache.untyped_storage(), lines(max(reads, layout.width * item))
     arguments = {
         **{name: value for pair in tensors.items() for name, value in strided(*pair).items()},
@@ -214,6 +216,7 @@ def _layer(
         k_up=k_up,
         v_up=v_up,
         cos_sin=None if rope is None else rope.cos_sin,
+        is_neox=rope is not None and rope.is_neox,
         sliding_window=sliding_window,
         paired=bool(bases.arguments.get("paired")),
         packed=native.packed(team.LAYER, arguments),
@@ -256,24 +259,25 @@ class Work(NamedTuple):
 def _work(sizes: Sizes, runs: int, most_tokens: int, threads: int) -> Work:
     """States of parts come first in the scratch, then the scratch of each thread."""
     rows = sizes.group * most_tokens
-    # Those of runs of several parts, the last of which may be short.
-    most_states = 2 * threads * ITEMS_PER_THREAD
+    # Of runs of several parts, twice as many as parts of their length: the last may be short.
+    most_states = 2 * threads * ITEMS_PER_THREAD * sizes.shared // sizes.kv_heads + 1
     states = lines(sizes.kv_heads * most_states * rows * (sizes.v_rank + 2) * 4)
     k_stride, v_stride = _whole(sizes.k_rank), _whole(sizes.v_rank)
     widest = max(sizes.width, sizes.query_width, sizes.k_rank, sizes.v_width)
     query_stride, heads_rows = _whole(widest), sizes.shared * rows
+    row_stride, value_stride = k_stride + LANES, v_stride + LANES  # decoding writes beyond a row
     floats = {
         "plan": (runs + 1) * PLAN_COLUMNS * 2,
         "s_query": heads_rows * query_stride,
         "s_result": rows * query_stride,
         "s_slots": LANES * sizes.slot_stride // 4,
         "s_words": LANES * sizes.slot_stride // 4,
-        "s_rows": LANES * (k_stride + LANES),
+        "s_rows": LANES * row_stride,
         "s_latents": (k_stride + LANES) * TILE,  # pairs of bf16 are turned by two vectors
         "s_scales": TILE,
         "s_quotients": sizes.tiers * TILE,
         "s_keys": sizes.width * TILE,
-        "s_v": TILE * (v_stride + LANES),
+        "s_v": TILE * value_stride,
         "s_weights": heads_rows * TILE,
         "s_mixed": heads_rows * v_stride,
         "s_highest": heads_rows,
@@ -288,6 +292,8 @@ def _work(sizes: Sizes, runs: int, most_tokens: int, threads: int) -> Work:
     arguments = offsets | {
         **{"max_rows": rows, "max_runs": runs, "max_states": most_states},
         **{"num_threads": threads, "threads_scratch": states, "scratch_stride": end},
+        **{"query_stride": 4 * query_stride, "key_stride": 4 * row_stride},
+        "value_stride": 4 * value_stride,
     }
     counters = bytes(8 * (2 + sizes.kv_heads * runs))
     return Work(threads, states + threads * end, native.packed(team.MEMORY, arguments) + counters)
@@ -298,20 +304,40 @@ def _whole(count: int) -> int:
     return -(-count // LANES) * LANES
 
 
-def _tiers(layout: LatentLayout) -> tuple[dict[str, int], Any]:
-    """Where the tiers lie and the values of scales, as addresses and arrays."""
+def _bases(
+    layout: LatentLayout,
+    stored: torch.dtype,
+    k_up: torch.Tensor | None,
+    v_up: torch.Tensor | None,
+    rope: Rope | None,
+) -> packed.Bases:
+    """packed.bases, made anew only of other tensors."""
+    made_of = k_up, v_up, rope and rope.cos_sin
+    settings = stored, rope and rope.is_neox
+    known = layout.memo.get("bases")
+    if known is not None and known[1] == settings:
+        if all(one is other for one, other in zip(known[0], made_of, strict=True)):
+            found: packed.Bases = known[2]
+            return found
+    bases = packed.bases(layout, stored, k_up, v_up, rope)
+    layout.memo["bases"] = made_of, settings, bases
+    return bases
+
+
+def _tiers(layout: LatentLayout) -> tuple[dict[str, int], Any, int]:
+    """Where tiers lie and the values of scales: addresses, arrays, and bytes read from a slot on."""
     if not layout.quantised:
-        return {}, None
+        return {}, None, 0
     keys, values = layout.run_numbers
-    scales = codec.scales().numpy()
+    scales, reads = codec.scales().numpy(), layout.width + LANES
     addresses = {
         **{"k_runs": keys.ctypes.data, "k_num_runs": len(keys)},
         **{"v_runs": values.ctypes.data, "v_num_runs": len(values)},
-        **{"scale_table": scales.ctypes.data, "reads": layout.width + LANES},
+        "scale_table": scales.ctypes.data,
     }
     spread = places.spread(layout.runs[1]) if packed.spreads() else None
     if spread is not None:
         addresses |= {"v_begins": spread.begins.ctypes.data, "v_tables": spread.tables.ctypes.data}
         addresses |= {"v_vectors": len(spread.begins)}
-        addresses["reads"] = max(addresses["reads"], spread.reads)
-    return addresses, (keys, values, scales, spread)
+        reads = max(reads, spread.reads)
+    return addresses, (keys, values, scales, spread), reads

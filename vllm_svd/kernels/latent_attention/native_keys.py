@@ -159,5 +159,6 @@ def _tile(paired):
 
 
 # keys [width, TILE] of latents [.., TILE], `count` tokens of them, for the basis at `up`.
-# The latter is never called, and must still compile, where the CPU has no units for pairs.
-rebuild_keys, rebuild_keys_of_pairs = _tile(False), _tile(THERE)
+rebuild_keys = _tile(False)
+# Never called, and yet compiled, where the CPU has no units for pairs.
+rebuild_keys_of_pairs = _tile(True) if THERE else rebuild_keys

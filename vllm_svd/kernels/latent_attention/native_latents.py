@@ -13,7 +13,6 @@ from vllm_svd.kernels.native.memory import (
     floats,
     ints,
     octets,
-    whole,
     widen,
     words,
 )
@@ -23,9 +22,10 @@ from vllm_svd.kernels.native.transpose import transpose_halves, transpose_words
 
 
 @compiled
-def value_stride(c):
-    """Bytes of a row of value latents in the scratch; decoding writes beyond one."""
-    return 4 * (whole(c.v_rank) + LANES)
+def _page(c, table, group, block):
+    """Where a group's slots of a block begin."""
+    page = np.int64(words(table)[block])
+    return c.cache + page * c.cache_stride_0 + group * c.cache_stride_1
 
 
 @compiled
@@ -34,10 +34,9 @@ def _slots(c, table, group, position, used, base):
 
     Those in the page, unless they go on in the next one or what is read would not be memory.
     """
-    blocks, stride = words(table), c.cache_stride_2
+    stride = c.cache_stride_2
     block, slot = divmod(position, c.block_size)
-    page = c.cache + np.int64(blocks[block]) * c.cache_stride_0 + group * c.cache_stride_1
-    source = page + slot * stride
+    source = _page(c, table, group, block) + slot * stride
     if slot + LANES <= c.block_size and source + (LANES - 1) * stride + c.reads <= c.cache_end:
         return source, stride
     for t in range(used):
@@ -45,8 +44,7 @@ def _slots(c, table, group, position, used, base):
         slot, source = slot + 1, source + stride
         if slot == c.block_size and t + 1 < used:
             block, slot = block + 1, 0
-            source = c.cache + np.int64(blocks[block]) * c.cache_stride_0
-            source += group * c.cache_stride_1
+            source = _page(c, table, group, block)
     return base + c.s_slots, c.slot_stride
 
 
@@ -75,7 +73,7 @@ def _load_keys(c, source, stride, used, done, base):
     elif c.cache_kind == BFLOAT16:
         transpose_halves(source, stride, c.k_rank, target, 4 * TILE)
     else:
-        row = 4 * (whole(c.k_rank) + LANES)
+        row = c.key_stride
         if c.cache_kind == TIERS:
             decode(source, stride, used, c.k_runs, c.k_num_runs, c.scale_table, rows, row)
         else:
@@ -86,7 +84,7 @@ def _load_keys(c, source, stride, used, done, base):
 
 @compiled
 def _load_values(c, source, stride, used, target, spare):
-    row = value_stride(c)
+    row = c.value_stride
     if c.v_vectors:
         runs, begins, tables, vectors = c.v_runs, c.v_begins, c.v_tables, c.v_vectors
         decode_spread(source, stride, used, runs, begins, tables, vectors, target, row, spare)
@@ -109,14 +107,13 @@ def load_latents(c, table, group, first, count, base):
     values, (block, slot) = base + c.s_v, divmod(first, c.block_size)
     as_they_are = c.cache_kind == FLOAT32 or c.cache_kind == BFLOAT16
     if as_they_are and c.v_rank % LANES == 0 and slot + count <= c.block_size:
-        page = c.cache + np.int64(words(table)[block]) * c.cache_stride_0
-        page += group * c.cache_stride_1
+        page = _page(c, table, group, block)
         values = page + slot * c.cache_stride_2 + c.k_rank * c.cache_item
     for done in range(0, count, LANES):
         used = min(LANES, count - done)
         source, stride = _slots(c, table, group, first + done, used, base)
         _load_keys(c, source, stride, used, done, base)
         if values == base + c.s_v:
-            target = values + done * value_stride(c)
+            target = values + done * c.value_stride
             _load_values(c, source, stride, used, target, base + c.s_rows)
     return values

@@ -1,4 +1,4 @@
-"""Machine code of the compiled decode path: how a team of threads shares out a batch.
+"""Machine code of the compiled attention: how a team of threads shares out a batch.
 
 Query tokens of a request are taken in runs, for which keys are rebuilt once. A thread takes one
 item after the other until none is left: a KV head, or all that share a latent where there is work
@@ -11,7 +11,7 @@ import numpy as np
 from numba import carray, cfunc, types
 
 from vllm_svd.kernels.latent_attention.native_keys import rebuild_keys, rebuild_keys_of_pairs
-from vllm_svd.kernels.latent_attention.native_latents import load_latents, value_stride
+from vllm_svd.kernels.latent_attention.native_latents import load_latents
 from vllm_svd.kernels.latent_attention.native_tiles import cap, exp2, fill, largest, multiply
 from vllm_svd.kernels.latent_attention.team import (
     ENOUGH_PER_THREAD,
@@ -84,14 +84,9 @@ def _plan(c, base):
 
 
 @compiled
-def _query_stride(c):
-    return 4 * whole(max(c.width, c.query_width, c.k_rank, c.v_width))
-
-
-@compiled
 def _load_query(c, head, first_row, tokens, place, base):
     """Scaled; for rebuilt keys in their order of channels, else in the latents' space."""
-    row, scale, stride = floats(base + c.s_row), np.float32(c.scale), _query_stride(c)
+    row, scale, stride = floats(base + c.s_row), np.float32(c.scale), c.query_stride
     order, projected = ints(c.order), c.up != 0 and not c.rebuilt
     loaded = base + c.s_result if projected else place
     for token in range(tokens):
@@ -115,7 +110,7 @@ def _load_query(c, head, first_row, tokens, place, base):
 @compiled
 def _score(c, head, first, count, row, rows, base):
     """Scores of a tile's tokens for so many rows of queries, from `row` on, to the weights."""
-    keys, width, columns, stride = base + c.s_latents, c.k_rank, whole(count), _query_stride(c)
+    keys, width, columns, stride = base + c.s_latents, c.k_rank, whole(count), c.query_stride
     queries, weights = base + c.s_query + row * stride, base + c.s_weights + 4 * TILE * row
     if c.rebuilt:
         up, keys, width = c.up + head * c.up_stride_0, base + c.s_keys, c.width
@@ -165,7 +160,7 @@ def _seen(c, length, tokens, token, first, count):
 @compiled
 def _mix(c, row, rows, first, last, values, base):
     """Add the values of tokens `first` to `last` of the tile, by their weights, to so many rows."""
-    stride, columns, of = 4 * whole(c.v_rank), whole(c.v_rank), value_stride(c)
+    stride, columns, of = 4 * whole(c.v_rank), whole(c.v_rank), c.value_stride
     weights, out = base + c.s_weights + 4 * TILE * row, base + c.s_mixed + row * stride
     if values != base + c.s_v:
         of = c.cache_stride_2
@@ -254,7 +249,7 @@ def _finish(c, head, first_row, row, rows, base):
             result[i] /= total[row + r]
     if c.v_up != 0:
         up, columns, width = c.v_up + head * c.v_up_stride_0, whole(c.v_width), c.v_width
-        out, out_stride = base + c.s_result, _query_stride(c)
+        out, out_stride = base + c.s_result, c.query_stride
         product(
             source, source_stride, rows, up, 4 * columns, 0, c.v_rank, out, out_stride, columns, 0
         )
@@ -273,7 +268,7 @@ def _run_item(c, counts, unit, heads, run, part, length_of_part, base):
     rows, first_head, queries = tokens * c.group, unit * heads, base + c.s_query
     table = c.tables + of[6] * c.table_stride
     for i in range(heads):
-        place = queries + i * rows * _query_stride(c)
+        place = queries + i * rows * c.query_stride
         _load_query(c, first_head + i, of[0], tokens, place, base)
     fill(base + c.s_highest, heads * rows, -np.inf)
     fill(base + c.s_total, heads * rows, 0)

@@ -1,4 +1,4 @@
-"""Machine code of the compiled decode path: arithmetic on one tile of tokens.
+"""Machine code of the compiled attention: arithmetic on one tile of tokens.
 
 Arguments are addresses of rows of fp32, whose strides are in bytes. Tokens lie side by side in the
 lanes of a vector, so that no sum is ever taken across one; channels come in whole vectors, of which

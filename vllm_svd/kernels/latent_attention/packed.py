@@ -33,12 +33,12 @@ def bases(
     """k_up [KV heads, d, k_rank] and v_up [KV heads, d, v_rank] for latents of a dtype.
 
     With `rope` keys are rebuilt, their channels in the order of `channels`; from pairs of latent
-    channels where the CPU multiplies bf16 and nothing is lost by it.
+    channels where the CPU multiplies bf16 and nothing is lost by it, but what is below 2^-126.
     """
     arguments: dict[str, int] = {}
     arrays: list[Any] = []
     if v_up is not None:
-        values = _padded(v_up.transpose(1, 2), v_up.shape[1])
+        values = _placed(_padded(v_up.transpose(1, 2), v_up.shape[1]))
         arrays.append(values)
         arguments |= {"v_up": values.data_ptr(), "v_up_stride_0": values.stride(0) * 4}
     if k_up is None:
@@ -47,7 +47,7 @@ def bases(
         up = _padded(k_up, layout.k_rank)
     else:
         order = channels(rope, k_up.shape[1])
-        turned = angles(rope.cos_sin, len(order))
+        turned = _placed(angles(rope.cos_sin, len(order)))
         used = np.array(order, dtype=np.int64)
         up = k_up.float()[:, order]
         up[:, [channel < 0 for channel in order]] = 0
@@ -65,7 +65,7 @@ def bases(
             **{"spans": of_spans.ctypes.data, "num_spans": len(spans)},
             "in_order": order == list(range(k_up.shape[1])),
         }
-    up = up.contiguous()
+    up = _placed(up)
     arguments |= {"up": up.data_ptr()}
     arguments |= {f"up_stride_{dimension}": up.stride(dimension) * 4 for dimension in (0, 1)}
     return Bases(arguments, (*arrays, up))
@@ -85,7 +85,7 @@ def channels(rope: Rope, width: int) -> list[int]:
 
 
 def angles(cos_sin: torch.Tensor, width: int) -> torch.Tensor:
-    """Cosines, then sines, as the pairs of `channels`: fp32 [positions / LANES, width, LANES].
+    """Cosines, then sines, as the pairs of `channels`: fp32 [positions / LANES + 1, width, LANES].
 
     One table for all layers that share cos_sin, as long as it lives.
     """
@@ -93,7 +93,8 @@ def angles(cos_sin: torch.Tensor, width: int) -> torch.Tensor:
     key = width, cos_sin.data_ptr()
     if key not in known:
         positions, rotary_dim = cos_sin.shape
-        blocks, half = -(-positions // LANES), rotary_dim // 2
+        # One more than there are, since four vectors are turned for three.
+        blocks, half = -(-positions // LANES) + 1, rotary_dim // 2
         table = torch.zeros(blocks * LANES, 2, width // 2, dtype=torch.float32)
         table[:, 0] = 1
         table[:positions, :, :half] = cos_sin.float().view(positions, 2, half)
@@ -132,4 +133,9 @@ def _in_pairs(up: torch.Tensor, pairs: list[tuple[int, int]]) -> torch.Tensor:
 
 def _padded(basis: torch.Tensor, columns: int) -> torch.Tensor:
     """In fp32, its rows in whole vectors."""
-    return torch.nn.functional.pad(basis.float(), (0, -columns % LANES)).contiguous()
+    return torch.nn.functional.pad(basis.float(), (0, -columns % LANES))
+
+
+def _placed(tensor: torch.Tensor) -> torch.Tensor:
+    """As the machine code reads it."""
+    return tensor.contiguous()

@@ -1,4 +1,4 @@
-"""Arguments and sizes that the compiled decode path and its caller share."""
+"""Arguments and sizes that the compiled attention and its caller share."""
 
 import functools
 import struct
@@ -35,6 +35,7 @@ v_up v_up_stride_0 v_width
 """
 _MEMORY = """
 max_rows max_runs max_states num_threads threads_scratch scratch_stride
+query_stride key_stride value_stride
 s_query s_result s_slots s_words s_rows s_latents s_scales s_quotients s_keys s_v
 s_weights s_mixed s_highest s_total s_row
 """

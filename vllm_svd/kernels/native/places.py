@@ -12,7 +12,6 @@ from vllm_svd.codec import LARGEST
 from vllm_svd.kernels.latent_layout import Run
 from vllm_svd.kernels.native import LANES
 
-_BITS = {"fp8_e4m3": 8, "int8": 8, "int4": 4, "int2": 2}
 _WINDOW = 4 * LANES  # bytes of a vector
 
 # Rows of a table of 16 channels: byte, shift, mask, flip, middle, tier.
@@ -43,7 +42,7 @@ def in_pairs(runs: Sequence[Run]) -> list[list[tuple[int, int]]] | None:
         size = run.tier.code_bytes
         if run.codes % 4 or size % 2:
             return None
-        parts = [run.channel + part * size for part in range(8 // _BITS[run.tier.store])]
+        parts = [run.channel + part * size for part in range(run.tier.channels // size)]
         pairs: list[tuple[int, int]] = []
         for byte in range(0, size, 4):
             both = [(byte, byte + 1), (byte + 2, byte + 3)]
@@ -72,7 +71,8 @@ def spread(runs: Sequence[Run]) -> Spread | None:
         if max(places) - min(places) >= _WINDOW:
             return None
         for lane, ((i, run, channel), place) in enumerate(zip(here, places, strict=True)):
-            bits, whole = _BITS[run.tier.store], run.tier.store == "int8"
+            bits = 8 * run.tier.code_bytes // run.tier.channels
+            whole = run.tier.store == "int8"
             middle = 128.0 if whole else LARGEST[run.tier.store]
             tables[vector, :, lane] = (
                 *(place - begins[vector], channel // run.tier.code_bytes * bits),

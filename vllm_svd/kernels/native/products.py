@@ -177,7 +177,7 @@ def _few_rows(half):
 
 
 _few, _eight = _few_rows(False), _rows(8, False)
-# out [rows, count] += a[:, first:last] b[first:last], b in bf16; `count` in whole vectors.
+# As `product`, b in bf16.
 product_of_halves = _few_rows(True)
 
 
