@@ -20,10 +20,13 @@ def main(
     geometry: Annotated[str, typer.Option(help=", ".join(GEOMETRIES))] = "llama-3.1-8b",
     batch: Annotated[list[int] | None, typer.Option(min=1, help="requests; repeatable")] = None,
     context: Annotated[list[int] | None, typer.Option(min=1, help="tokens; repeatable")] = None,
+    prompts: Annotated[
+        bool, typer.Option(help="all tokens of a context at once, as prompts")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="JSON of every figure")] = None,
 ) -> None:
-    """Time one decode step of one layer, in bf16: median, range and ratio to dense of each kernel.
+    """Time one step of one layer, in bf16: median, range and ratio to dense of each kernel.
 
     `bytes` are those of the cache that must be read, `share` what part of the machine's copy
     bandwidth, or of its matrix speed where arithmetic is the higher floor, the kernel reaches.
@@ -42,7 +45,8 @@ def main(
     rows = []
     for requests in batch or [1, 8, 32]:
         for tokens in context or [4096]:
-            step = Step(GEOMETRIES[geometry], requests, tokens, dtype, device)
+            queries = tokens if prompts else 1
+            step = Step(GEOMETRIES[geometry], requests, tokens, queries, dtype, device)
             kernels = [dense(step), *(latent(step, variant) for variant in VARIANTS)]
             times = alternate([kernel.run for kernel in kernels], device, rounds)
             for kernel, seconds in zip(kernels, times, strict=True):
@@ -53,6 +57,7 @@ def main(
                     "geometry": geometry,
                     "batch": requests,
                     "context": tokens,
+                    "queries": queries,
                     "kernel": kernel.name,
                     "seconds": seconds,
                     "times_dense": ratios,

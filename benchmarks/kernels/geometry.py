@@ -64,11 +64,15 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Step:
-    """One decode step of `batch` requests that have `context` tokens each, in shuffled pages."""
+    """One step of `batch` requests that have `context` tokens each, in shuffled pages.
+
+    The last `queries` tokens of each are the step's: 1 decodes, all of them are a prompt.
+    """
 
     geometry: Geometry
     batch: int
     context: int
+    queries: int
     dtype: torch.dtype
     device: torch.device
 
@@ -80,10 +84,21 @@ class Step:
         order = torch.randperm(self.batch * blocks, generator=generator)
         return order.view(self.batch, blocks).to(self.device, torch.int32)
 
+    @property
+    def rows(self) -> int:
+        """Query tokens of all requests."""
+        return self.batch * self.queries
+
+    @property
+    def pairs(self) -> int:
+        """Query tokens and tokens that they see."""
+        before = self.context - self.queries
+        return self.batch * self.queries * (2 * before + self.queries + 1) // 2
+
     def paged(self) -> PagedBatch:
-        starts = torch.arange(self.batch + 1, dtype=torch.int32, device=self.device)
+        starts = torch.arange(self.batch + 1, dtype=torch.int32, device=self.device) * self.queries
         lengths = torch.full((self.batch,), self.context, dtype=torch.int32, device=self.device)
-        return PagedBatch(starts, lengths, self.pages, self.batch, 1)
+        return PagedBatch(starts, lengths, self.pages, self.rows, self.queries)
 
     def random(self, *shape: int) -> torch.Tensor:
         """Normally distributed, of the step's dtype."""
@@ -106,4 +121,4 @@ class Step:
     def dense_operations(self) -> int:
         """Of Q K^T and the mixture of values."""
         g = self.geometry
-        return 2 * 2 * self.batch * self.context * g.kv_heads * g.group * g.head_dim
+        return 2 * 2 * self.pairs * g.kv_heads * g.group * g.head_dim

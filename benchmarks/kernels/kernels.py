@@ -27,8 +27,8 @@ def latent(step: Step, variant: Variant) -> Kernel:
     cache = layout.write(latents[..., : layout.k_rank], latents[..., layout.k_rank :])
     rebuilt = variant.mode == "pre" or variant.shared > 1
     width = g.head_dim if rebuilt else layout.k_rank
-    query = step.random(step.batch, g.kv_heads * g.group, width)
-    output = query.new_empty(step.batch, g.kv_heads * g.group, layout.v_rank)
+    query = step.random(step.rows, g.kv_heads * g.group, width)
+    output = query.new_empty(step.rows, g.kv_heads * g.group, layout.v_rank)
     k_up, rope = step.random(g.kv_heads, g.head_dim, layout.k_rank), step.rope()
     batch = step.paged()
 
@@ -47,8 +47,7 @@ def latent(step: Step, variant: Variant) -> Kernel:
         )
 
     tokens = step.batch * step.context
-    rows = tokens * g.kv_heads * g.group
-    operations = 2 * rows * (width + layout.v_rank)
+    operations = 2 * step.pairs * g.kv_heads * g.group * (width + layout.v_rank)
     if rebuilt:  # every KV head its own keys, once
         operations += 2 * tokens * g.kv_heads * g.head_dim * layout.k_rank
     return Kernel(variant.name, run, tokens * groups * layout.width * cache.itemsize, operations)
@@ -68,7 +67,7 @@ def _dense_cpu(step: Step) -> Callable[[], object]:
     heads = g.kv_heads * g.group
     isa = _get_attn_isa(step.dtype, BLOCK, g.head_dim)
     keys, values = step.random(pages.numel(), g.kv_heads, 2 * BLOCK, g.head_dim).chunk(2, dim=2)
-    query = step.random(step.batch, heads, g.head_dim)
+    query = step.random(step.rows, heads, g.head_dim)
     output = torch.empty_like(query)
     plan = ops.cpu_attn_get_scheduler_metadata(
         step.batch,
@@ -107,12 +106,12 @@ def _dense_cuda(step: Step) -> Callable[[], object]:
     g, pages, batch = step.geometry, step.pages, step.paged()
     shape = (pages.numel(), BLOCK, g.kv_heads, g.head_dim)
     keys, values = step.random(*shape), step.random(*shape)
-    query = step.random(step.batch, g.kv_heads * g.group, g.head_dim)
+    query = step.random(step.rows, g.kv_heads * g.group, g.head_dim)
     return lambda: flash_attn_varlen_func(
         q=query,
         k=keys,
         v=values,
-        max_seqlen_q=1,
+        max_seqlen_q=step.queries,
         cu_seqlens_q=batch.query_start_loc,
         max_seqlen_k=step.context,
         seqused_k=batch.seq_lens,

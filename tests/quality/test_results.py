@@ -99,8 +99,8 @@ AVX2, AVX512 = "amd-epyc-2-cores", "amd-epyc-avx512-2-cores"
         (AVX2, "serving_one_request", {"pre": 1.0, "post": 1.0, "tiers": 0.97}),
         (AVX2, "serving_tiers", {"tiers": 1.6, "post": 1.6}),
         (AVX2, "serving_tiers_fp32", {"tiers": 1.4, "post": 1.6}),
-        (AVX512, "serving_tiers", {"int8": 1.6, "tiers": 1.4}),
-        (AVX512, "serving_tiers_fp32", {"int8": 1.6, "tiers": 1.5}),
+        (AVX512, "serving_tiers", {"int8": 1.6, "tiers": 1.6}),
+        (AVX512, "serving_tiers_fp32", {"int8": 1.6, "tiers": 1.6}),
     ],
 )
 def test_tokens_per_second_in_the_same_bytes_of_cache(machine, name, least):
@@ -117,19 +117,13 @@ def test_tokens_per_second_in_the_same_bytes_of_cache(machine, name, least):
         assert speed[other] >= ratio * speed["dense"]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "least"),
-    [
-        ("bfloat16", {"pre": 0.97, "post": 0.97, "tiers": 0.9}),
-        ("float32", {"pre": 0.97, "post": 0.97, "tiers": 0.97}),
-    ],
-)
-def test_decode_steps_of_one_request_in_turn_with_dense_ones(dtype, least):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_decode_steps_of_one_request_in_turn_with_dense_ones(dtype):
     report = Report.model_validate_json((RESULTS / AVX512 / "engine.json").read_text())
     rows = {row.engine: row for row in report.rows if (row.dtype, row.batch) == (dtype, 1)}
-    for engine, ratio in least.items():
+    for engine in ("pre", "post", "tiers"):
         assert rows[engine].perplexity < 1.02 * rows["dense"].perplexity
-        assert median(rows[engine].times_dense) >= ratio
+        assert median(rows[engine].times_dense) >= 0.97
 
 
 @pytest.mark.parametrize("machine", [AVX2, AVX512])

@@ -15,6 +15,7 @@ from vllm_svd.format import Module
 from vllm_svd.kernels.products import linear
 from vllm_svd.quantization.completeness import check_filled, unfilled
 from vllm_svd.quantization.low_rank import LowRankMatrix
+from vllm_svd.quantization.prepacked import LowRankProducts, low_rank_products
 from vllm_svd.quantization.shards import Shard, ShardId, local_shards, shard_index
 
 _DTYPES = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "F32": torch.float32}
@@ -40,6 +41,7 @@ class ShardedLinearMethod(LinearMethodBase):
         layer.svd_shards = shards = local_shards(
             layer, self.modules, output_partition_sizes, output_size, input_size_per_partition
         )
+        layer.svd_columns, layer.svd_products = input_size_per_partition, None
         # Empty where no shard is dense; vLLM's LoRA layers look for a `weight`.
         elements, dtypes = {"weight": 0}, {"weight": params_dtype}
         for shard in shards:
@@ -65,19 +67,27 @@ class ShardedLinearMethod(LinearMethodBase):
         problems = [why for shard in shards for why in shard.matrix.problems(shard.parts(layer))]
         if problems:
             raise CheckpointFormatError(layer.prefix, problems, "compress the model again")
+        layer.svd_products = low_rank_products(layer, shards, layer.svd_columns)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., n] to [..., sum of rows]."""
+        products: LowRankProducts | None = layer.svd_products
         A = getattr(layer, "A", None)  # noqa: N806
-        latents = x if A is None else linear(x, A.view(-1, x.shape[-1]))
+        latents = x
+        if products is not None:
+            latents = products.into(x)
+        elif A is not None:
+            latents = linear(x, A.view(-1, x.shape[-1]))
         outputs = []
-        for shard in layer.svd_shards:
-            matrix, parts = shard.matrix, shard.parts(layer)
-            if isinstance(matrix, LowRankMatrix):
-                y = matrix.expand(latents[..., shard.channels], parts)
+        for index, shard in enumerate(layer.svd_shards):
+            matrix = shard.matrix
+            if products is not None:
+                y = products.out_of[index](latents[..., shard.channels])
+            elif isinstance(matrix, LowRankMatrix):
+                y = matrix.expand(latents[..., shard.channels], shard.parts(layer))
             else:
-                y = matrix.multiply(x, parts)
-            outputs.append(y + parts["correction"] if matrix.corrects else y)
+                y = matrix.multiply(x, shard.parts(layer))
+            outputs.append(y + shard.part(layer, "correction") if matrix.corrects else y)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return output if bias is None else output + bias
 

@@ -177,7 +177,7 @@ def _layer(
     kv_heads, item = groups if up is None else len(up), kv_cache.element_size()
     v_width = 0 if v_up is None else v_up.shape[1]
     tiers, arrays, reads = _tiers(layout)
-    bases = _bases(layout, kv_cache.dtype, k_up, v_up, rope)
+    bases = packed.bases(layout, kv_cache.dtype, k_up, v_up, rope)
     key_bytes = layout.k_rank * item
     if layout.quantised:
         key_bytes = sum(tier.code_bytes for tier in layout.k_tiers)
@@ -304,28 +304,8 @@ def _whole(count: int) -> int:
     return -(-count // LANES) * LANES
 
 
-def _bases(
-    layout: LatentLayout,
-    stored: torch.dtype,
-    k_up: torch.Tensor | None,
-    v_up: torch.Tensor | None,
-    rope: Rope | None,
-) -> packed.Bases:
-    """packed.bases, made anew only of other tensors."""
-    made_of = k_up, v_up, rope and rope.cos_sin
-    settings = stored, rope and rope.is_neox
-    known = layout.memo.get("bases")
-    if known is not None and known[1] == settings:
-        if all(one is other for one, other in zip(known[0], made_of, strict=True)):
-            found: packed.Bases = known[2]
-            return found
-    bases = packed.bases(layout, stored, k_up, v_up, rope)
-    layout.memo["bases"] = made_of, settings, bases
-    return bases
-
-
 def _tiers(layout: LatentLayout) -> tuple[dict[str, int], Any, int]:
-    """Where tiers lie and the values of scales: addresses, arrays, and bytes read from a slot on."""
+    """Where tiers and the values of scales lie, their arrays, and bytes read from a slot on."""
     if not layout.quantised:
         return {}, None, 0
     keys, values = layout.run_numbers

@@ -30,6 +30,25 @@ def bases(
     v_up: torch.Tensor | None,
     rope: Rope | None,
 ) -> Bases:
+    """_bases, made anew only of other tensors."""
+    made_of = k_up, v_up, rope and rope.cos_sin
+    settings = stored, rope and rope.is_neox
+    tensors, before, found = layout.memo.get("bases", (made_of, None, None))
+    same = all(one is other for one, other in zip(tensors, made_of, strict=True))
+    if found is None or before != settings or not same:
+        found = _bases(layout, stored, k_up, v_up, rope)
+        layout.memo["bases"] = made_of, settings, found
+    packed: Bases = found
+    return packed
+
+
+def _bases(
+    layout: LatentLayout,
+    stored: torch.dtype,
+    k_up: torch.Tensor | None,
+    v_up: torch.Tensor | None,
+    rope: Rope | None,
+) -> Bases:
     """k_up [KV heads, d, k_rank] and v_up [KV heads, d, v_rank] for latents of a dtype.
 
     With `rope` keys are rebuilt, their channels in the order of `channels`; from pairs of latent

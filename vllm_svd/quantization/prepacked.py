@@ -1,0 +1,49 @@
+"""Matrices as vLLM multiplies with them on a CPU: reordered once, for the units that it has.
+
+torch's own product would reorder a weight at every call, which for a decode step takes longer than
+to multiply with it. What a layer keeps of its matrices is then the reordered form alone.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from vllm_svd.compat import UnquantizedLinearMethod
+from vllm_svd.kernels.products import emulated
+from vllm_svd.quantization.low_rank import LowRankMatrix
+from vllm_svd.quantization.shards import Shard
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+class LowRankProducts:
+    """Those of a layer all shards of which are low-rank: one into their latents, one out of each.
+
+    The parameters A and B are given up for them.
+    """
+
+    def __init__(self, layer: Any, shards: Sequence[Shard], columns: int) -> None:
+        self.into = _product(layer.A.data.view(-1, columns))
+        self.out_of = [_product(shard.part(layer, "B")) for shard in shards]
+        for name in ("A", "B"):
+            getattr(layer, name).data = torch.empty(0, dtype=layer.A.dtype)
+
+
+def low_rank_products(layer: Any, shards: Sequence[Shard], columns: int) -> LowRankProducts | None:
+    """For the layer's shards; None where vLLM reorders nothing, or a shard is something else."""
+    A = getattr(layer, "A", None)  # noqa: N806
+    low_rank = all(isinstance(shard.matrix, LowRankMatrix) for shard in shards)
+    if not low_rank or A is None or A.device.type != "cpu" or emulated(A):
+        return None
+    return LowRankProducts(layer, shards, columns)
+
+
+def _product(weight: torch.Tensor) -> Product:
+    """x [..., n] times weight [m, n]."""
+    holder = torch.nn.Module()
+    holder.weight = torch.nn.Parameter(weight.contiguous(), requires_grad=False)
+    method = UnquantizedLinearMethod()
+    method.process_weights_after_loading(holder)
+    return partial(method.apply, holder)
