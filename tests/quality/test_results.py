@@ -132,3 +132,9 @@ def test_half_the_channels_are_decoded_half_again_as_fast(machine, batch):
     rows = json.loads((RESULTS / machine / "kernels.json").read_text())["rows"]
     (post,) = (row for row in rows if (row["kernel"], row["batch"]) == ("post 0.5", batch))
     assert post["context"] == 4096 and median(post["times_dense"]) >= 1.5
+
+
+def test_prompts_of_a_model_of_today_take_no_longer_than_dense():
+    rows = json.loads((RESULTS / AVX512 / "prompts.json").read_text())["rows"]
+    assert {row["queries"] for row in rows} == {2048}
+    assert all(median(row["times_dense"]) >= 0.97 for row in rows)
