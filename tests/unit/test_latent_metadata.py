@@ -3,6 +3,7 @@
 from copy import copy
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from vllm_svd.attention.metadata import LatentMetadataBuilder
@@ -35,6 +36,23 @@ def test_builders_of_several_shapes_of_pages_share_what_they_build_of_one_step()
     built = builder().build(0, given)
     assert builder().build(0, given) is built
     assert builder().build(0, common()) is not built
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"query_start_loc": torch.tensor([0, 101, 152], dtype=torch.int32)},
+        {"seq_lens": torch.tensor([101, 51], dtype=torch.int32)},
+        {"num_actual_tokens": 2},
+        {"max_query_len": 1},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_what_is_changed_in_place_is_built_anew(changed):
+    given = common()
+    built = builder().build(0, given)
+    vars(given).update(changed)
+    assert builder().build(0, given) is not built
 
 
 def test_groups_with_tables_of_their_own_share_nothing():

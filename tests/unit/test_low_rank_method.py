@@ -8,11 +8,13 @@ import torch
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
 from vllm_svd.compat import BaseKVCacheMethod, LinearMethodBase, QuantizationConfig
-from vllm_svd.errors import CheckpointFormatError
+from vllm_svd.errors import CheckpointFormatError, UnsupportedModelError
 from vllm_svd.format import LowRank, SvdCheckpointConfig
+from vllm_svd.kernels.products import emulated
 from vllm_svd.quantization.config import SvdConfig
 from vllm_svd.quantization.latent_kv import LatentKVMethod
 from vllm_svd.quantization.linear import ShardedLinearMethod
+from vllm_svd.quantization.prepacked import LowRankProducts
 
 HEAD, HIDDEN = 4, 12
 Q_HEADS, KV_HEADS = 8, 2
@@ -95,6 +97,37 @@ def test_row_parallel_sums_to_the_whole(tp_size):
         load(layer, "B", B)
         total += method.apply(layer, x[:, rank * width : (rank + 1) * width])
     torch.testing.assert_close(total, x @ A.T @ B.T)
+
+
+HALVES = [
+    dtype for dtype in (torch.bfloat16, torch.float16) if not emulated(torch.empty(0).to(dtype))
+]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (2,), (3,), (5,), (40,), (0,), (2, 3)], ids=str)
+def test_factors_that_are_reordered_for_a_cpu(dtype, shape):
+    """Of ranks whose sum is odd: rows of a shard's latents lie apart by that."""
+    width, sizes, ranks = 96, (64, 32, 32), (32, 17, 24)
+    parts = [factors(m, width, r) for m, r in zip(sizes, ranks, strict=True)]
+    method = ShardedLinearMethod([config for config, _, _ in parts])
+    layer = made(method, Layer(0, 1, width), width, list(sizes), dtype=dtype)
+    plain, exact, x = [], [], torch.randn(*shape, width).to(dtype)
+    for shard, (_, *pair) in zip("qkv", parts, strict=True):
+        A, B = (factor.mul(0.1).to(dtype) for factor in pair)
+        load(layer, "A", A, shard)
+        load(layer, "B", B, shard)
+        plain.append(x @ A.T @ B.T)
+        exact.append(x.double() @ A.T.double() @ B.T.double())
+    method.process_weights_after_loading(layer)
+    assert isinstance(layer.svd_products, LowRankProducts)
+    assert layer.A.numel() == layer.B.numel() == 0
+    found, exact = method.apply(layer, x), torch.cat(exact, dim=-1)
+    assert found.dtype == dtype and found.shape == exact.shape
+    error = (torch.cat(plain, dim=-1).double() - exact).norm()
+    assert (found.double() - exact).norm() <= 2 * error
+    with pytest.raises(UnsupportedModelError, match="was loaded again"):
+        load(layer, "A", parts[0][1], "q")
 
 
 def test_replicated_layers_keep_every_row():

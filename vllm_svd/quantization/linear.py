@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_svd.compat import LinearMethodBase, set_weight_attrs
-from vllm_svd.errors import CheckpointFormatError
+from vllm_svd.errors import CheckpointFormatError, UnsupportedModelError
 from vllm_svd.format import Module
 from vllm_svd.kernels.products import linear
 from vllm_svd.quantization.completeness import check_filled, unfilled
@@ -72,17 +72,17 @@ class ShardedLinearMethod(LinearMethodBase):
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., n] to [..., sum of rows]."""
         products: LowRankProducts | None = layer.svd_products
-        A = getattr(layer, "A", None)  # noqa: N806
         latents = x
         if products is not None:
             latents = products.into(x)
-        elif A is not None:
-            latents = linear(x, A.view(-1, x.shape[-1]))
+        elif hasattr(layer, "A"):
+            latents = linear(x, layer.A.view(-1, x.shape[-1]))
         outputs = []
         for index, shard in enumerate(layer.svd_shards):
             matrix = shard.matrix
             if products is not None:
-                y = products.out_of[index](latents[..., shard.channels])
+                # Not every kernel of vLLM reads rows that lie apart.
+                y = products.out_of[index](latents[..., shard.channels].contiguous())
             elif isinstance(matrix, LowRankMatrix):
                 y = matrix.expand(latents[..., shard.channels], shard.parts(layer))
             else:
@@ -112,6 +112,12 @@ def _loader(layer: Any, name: str) -> Callable[..., None]:
             raise _misfit(layer, f"shard {index}: {name} is {found}, config.json says {expected}")
         if loaded_weight.is_floating_point() != param.is_floating_point():
             raise _misfit(layer, f"shard {index}: {name} is of {loaded_weight.dtype}")
+        if not param.numel():
+            raise UnsupportedModelError(
+                f"{layer.prefix}: {name} was loaded again where it had been reordered for this CPU",
+                "weights that are loaded once, or through vLLM's reload_weights",
+                "start the server again with the other weights",
+            )
         param.data[piece.place].view(piece.shape).copy_(loaded_weight[piece.index])
 
     return load

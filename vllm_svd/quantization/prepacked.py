@@ -1,7 +1,8 @@
-"""Matrices as vLLM multiplies with them on a CPU: reordered once, for the units that it has.
+"""Low-rank factors in half precision as a CPU's units for it want them: reordered once.
 
 torch's own product would reorder a weight at every call, which for a decode step takes longer than
-to multiply with it. What a layer keeps of its matrices is then the reordered form alone.
+to multiply with it. vLLM's method for dense weights does it when they are loaded; what a layer
+keeps is then the reordered form alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from vllm_svd.kernels.products import emulated
 from vllm_svd.quantization.low_rank import LowRankMatrix
 from vllm_svd.quantization.shards import Shard
 
+HALVES = (torch.bfloat16, torch.float16)
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -32,10 +34,10 @@ class LowRankProducts:
 
 
 def low_rank_products(layer: Any, shards: Sequence[Shard], columns: int) -> LowRankProducts | None:
-    """For the layer's shards; None where vLLM reorders nothing, or a shard is something else."""
-    A = getattr(layer, "A", None)  # noqa: N806
-    low_rank = all(isinstance(shard.matrix, LowRankMatrix) for shard in shards)
-    if not low_rank or A is None or A.device.type != "cpu" or emulated(A):
+    """For the layer's shards; None on a GPU, in other dtypes, and with a shard of another kind."""
+    if not all(isinstance(shard.matrix, LowRankMatrix) for shard in shards):
+        return None
+    if layer.A.device.type != "cpu" or layer.A.dtype not in HALVES or emulated(layer.A):
         return None
     return LowRankProducts(layer, shards, columns)
 

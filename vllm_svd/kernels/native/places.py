@@ -42,7 +42,7 @@ def in_pairs(runs: Sequence[Run]) -> list[list[tuple[int, int]]] | None:
         size = run.tier.code_bytes
         if run.codes % 4 or size % 2:
             return None
-        parts = [run.channel + part * size for part in range(run.tier.channels // size)]
+        parts = [run.channel + part * size for part in range(8 // run.tier.bits)]
         pairs: list[tuple[int, int]] = []
         for byte in range(0, size, 4):
             both = [(byte, byte + 1), (byte + 2, byte + 3)]
@@ -71,8 +71,7 @@ def spread(runs: Sequence[Run]) -> Spread | None:
         if max(places) - min(places) >= _WINDOW:
             return None
         for lane, ((i, run, channel), place) in enumerate(zip(here, places, strict=True)):
-            bits = 8 * run.tier.code_bytes // run.tier.channels
-            whole = run.tier.store == "int8"
+            bits, whole = run.tier.bits, run.tier.store == "int8"
             middle = 128.0 if whole else LARGEST[run.tier.store]
             tables[vector, :, lane] = (
                 *(place - begins[vector], channel // run.tier.code_bytes * bits),
