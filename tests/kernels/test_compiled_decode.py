@@ -344,7 +344,7 @@ def test_products_in_bf16_are_exact_where_they_are_used():
     for layout, basis in zip(layouts, (case.settings["k_up"], inexact), strict=True):
         settings = case.settings | {"k_up": basis, "layout": layout}
         check(in_fp32(replace(case, settings=settings)))
-    paired = [layout.memo["attend"].paired for layout in layouts]
+    paired = [layout.memo["attend"].bases.arguments["paired"] for layout in layouts]
     assert paired == [features.has("avx512bf16", "avx512bw"), False]
 
 

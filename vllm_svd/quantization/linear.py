@@ -41,7 +41,7 @@ class ShardedLinearMethod(LinearMethodBase):
         layer.svd_shards = shards = local_shards(
             layer, self.modules, output_partition_sizes, output_size, input_size_per_partition
         )
-        layer.svd_columns, layer.svd_products = input_size_per_partition, None
+        layer.svd_products = None
         # Empty where no shard is dense; vLLM's LoRA layers look for a `weight`.
         elements, dtypes = {"weight": 0}, {"weight": params_dtype}
         for shard in shards:
@@ -67,7 +67,7 @@ class ShardedLinearMethod(LinearMethodBase):
         problems = [why for shard in shards for why in shard.matrix.problems(shard.parts(layer))]
         if problems:
             raise CheckpointFormatError(layer.prefix, problems, "compress the model again")
-        layer.svd_products = low_rank_products(layer, shards, layer.svd_columns)
+        layer.svd_products = low_rank_products(layer, shards)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., n] to [..., sum of rows]."""

@@ -26,20 +26,21 @@ class LowRankProducts:
     The parameters A and B are given up for them.
     """
 
-    def __init__(self, layer: Any, shards: Sequence[Shard], columns: int) -> None:
+    def __init__(self, layer: Any, shards: Sequence[Shard]) -> None:
+        columns = shards[0].pieces["A"].shape[1]
         self.into = _product(layer.A.data.view(-1, columns))
         self.out_of = [_product(shard.part(layer, "B")) for shard in shards]
         for name in ("A", "B"):
             getattr(layer, name).data = torch.empty(0, dtype=layer.A.dtype)
 
 
-def low_rank_products(layer: Any, shards: Sequence[Shard], columns: int) -> LowRankProducts | None:
+def low_rank_products(layer: Any, shards: Sequence[Shard]) -> LowRankProducts | None:
     """For the layer's shards; None on a GPU, in other dtypes, and with a shard of another kind."""
     if not all(isinstance(shard.matrix, LowRankMatrix) for shard in shards):
         return None
     if layer.A.device.type != "cpu" or layer.A.dtype not in HALVES or emulated(layer.A):
         return None
-    return LowRankProducts(layer, shards, columns)
+    return LowRankProducts(layer, shards)
 
 
 def _product(weight: torch.Tensor) -> Product:

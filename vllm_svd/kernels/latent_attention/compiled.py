@@ -85,22 +85,22 @@ def attend(
     False, and nothing written, where numba is missing or a dtype is not known. Python's own time
     counts here: a step of one request does this for every layer.
     """
-    cos_sin = None if rope is None else rope.cos_sin
     place = query.dtype, query.shape[1], query.stride(), output.dtype, output.stride()
     layer: Layer | None = layout.memo.get("attend")
     if (
         layer is None
         or layer.place != place
         or layer.cache() is not kv_cache
-        or layer.k_up is not k_up
-        or layer.v_up is not v_up
-        or layer.cos_sin is not cos_sin
-        or (rope is not None and layer.is_neox != rope.is_neox)
+        or not layer.bases.are_of(kv_cache.dtype, k_up, v_up, rope)
         or layer.sliding_window != sliding_window
     ):
-        if not usable(query, output, kv_cache, k_up, v_up, cos_sin):
+        if not usable(query, output, kv_cache, k_up, v_up, rope and rope.cos_sin):
             return False
-        fixed = query, kv_cache, output, k_up, v_up, rope, layout, sliding_window
+        if layer is not None and layer.bases.are_of(kv_cache.dtype, k_up, v_up, rope):
+            bases = layer.bases
+        else:
+            bases = packed.bases(layout, kv_cache.dtype, k_up, v_up, rope)
+        fixed = query, kv_cache, output, bases, layout, sliding_window
         layer = layout.memo["attend"] = _layer(place, *fixed)
     requests = _requests(batch)
     work = _work(layer.sizes, *_runs(layer.sizes.group, requests), torch.get_num_threads())
@@ -144,13 +144,8 @@ class Layer(NamedTuple):
 
     place: tuple[Any, ...]
     cache: Callable[[], torch.Tensor | None]
-    k_up: torch.Tensor | None
-    v_up: torch.Tensor | None
-    cos_sin: torch.Tensor | None
-    is_neox: bool
+    bases: packed.Bases
     sliding_window: int | None
-    paired: bool
-    """Whether keys are rebuilt from pairs in bf16."""
     packed: bytes
     sizes: Sizes
     arrays: Any
@@ -162,9 +157,7 @@ def _layer(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     output: torch.Tensor,
-    k_up: torch.Tensor | None,
-    v_up: torch.Tensor | None,
-    rope: Rope | None,
+    bases: packed.Bases,
     layout: LatentLayout,
     sliding_window: int | None,
 ) -> Layer:
@@ -173,11 +166,10 @@ def _layer(
     if any(tensor.stride(-1) != 1 for tensor in tensors.values()):
         raise ValueError("latent_attention on a CPU needs tensors of contiguous rows")
     (_, groups, block_size, _), (_, heads, query_width) = kv_cache.shape, query.shape
-    up = v_up if k_up is None else k_up
+    v_up, up = bases.v_up, bases.v_up if bases.k_up is None else bases.k_up
     kv_heads, item = groups if up is None else len(up), kv_cache.element_size()
     v_width = 0 if v_up is None else v_up.shape[1]
     tiers, arrays, reads = _tiers(layout)
-    bases = packed.bases(layout, kv_cache.dtype, k_up, v_up, rope)
     key_bytes = layout.k_rank * item
     if layout.quantised:
         key_bytes = sum(tier.code_bytes for tier in layout.k_tiers)
@@ -213,15 +205,11 @@ def _layer(
     return Layer(
         place=place,
         cache=weakref.ref(kv_cache),
-        k_up=k_up,
-        v_up=v_up,
-        cos_sin=None if rope is None else rope.cos_sin,
-        is_neox=rope is not None and rope.is_neox,
+        bases=bases,
         sliding_window=sliding_window,
-        paired=bool(bases.arguments.get("paired")),
         packed=native.packed(team.LAYER, arguments),
         sizes=sizes,
-        arrays=(arrays, bases.arrays),
+        arrays=arrays,
     )
 
 

@@ -17,7 +17,7 @@ from vllm_svd.kernels.native.memory import INTEGERS, VECTOR, all_lanes, compiled
 from vllm_svd.kernels.native.pairs import THERE, add_products
 from vllm_svd.kernels.native.products import SUMS
 
-_WORD, _BYTE = ir.IntType(64), ir.IntType(8)
+_WORD = ir.IntType(64)
 _ROW = 4 * TILE  # bytes
 _ANGLES = 4 * LANES
 

@@ -21,28 +21,27 @@ class Bases(NamedTuple):
 
     arguments: dict[str, int]
     arrays: tuple[Any, ...]
+    stored: torch.dtype
+    k_up: torch.Tensor | None
+    v_up: torch.Tensor | None
+    rope: Rope | None
+
+    def are_of(
+        self,
+        stored: torch.dtype,
+        k_up: torch.Tensor | None,
+        v_up: torch.Tensor | None,
+        rope: Rope | None,
+    ) -> bool:
+        """Whether of these very tensors."""
+        if self.k_up is not k_up or self.v_up is not v_up or self.stored != stored:
+            return False
+        if self.rope is None or rope is None:
+            return self.rope is rope
+        return self.rope.cos_sin is rope.cos_sin and self.rope.is_neox == rope.is_neox
 
 
 def bases(
-    layout: LatentLayout,
-    stored: torch.dtype,
-    k_up: torch.Tensor | None,
-    v_up: torch.Tensor | None,
-    rope: Rope | None,
-) -> Bases:
-    """_bases, made anew only of other tensors."""
-    made_of = k_up, v_up, rope and rope.cos_sin
-    settings = stored, rope and rope.is_neox
-    tensors, before, found = layout.memo.get("bases", (made_of, None, None))
-    same = all(one is other for one, other in zip(tensors, made_of, strict=True))
-    if found is None or before != settings or not same:
-        found = _bases(layout, stored, k_up, v_up, rope)
-        layout.memo["bases"] = made_of, settings, found
-    packed: Bases = found
-    return packed
-
-
-def _bases(
     layout: LatentLayout,
     stored: torch.dtype,
     k_up: torch.Tensor | None,
@@ -61,7 +60,7 @@ def _bases(
         arrays.append(values)
         arguments |= {"v_up": values.data_ptr(), "v_up_stride_0": values.stride(0) * 4}
     if k_up is None:
-        return Bases(arguments, tuple(arrays))
+        return Bases(arguments, tuple(arrays), stored, k_up, v_up, rope)
     if rope is None:
         up = _padded(k_up, layout.k_rank)
     else:
@@ -87,7 +86,7 @@ def _bases(
     up = _placed(up)
     arguments |= {"up": up.data_ptr()}
     arguments |= {f"up_stride_{dimension}": up.stride(dimension) * 4 for dimension in (0, 1)}
-    return Bases(arguments, (*arrays, up))
+    return Bases(arguments, (*arrays, up), stored, k_up, v_up, rope)
 
 
 def channels(rope: Rope, width: int) -> list[int]:

@@ -116,6 +116,13 @@ def splat(builder, value):
     return builder.shuffle_vector(first, first, all_lanes(0))
 
 
+def called(builder, name, kind, *values):
+    """What a function of LLVM of this name gives of them, of that kind."""
+    signature = ir.FunctionType(kind, [value.type for value in values])
+    function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.x86.{name}.512")
+    return builder.call(function, values)
+
+
 def as_floats(builder, halves):
     """A vector of the bits of bf16, as one of fp32."""
     bits = builder.shl(builder.zext(halves, INTEGERS), all_lanes(16))

@@ -8,13 +8,12 @@ with the fourth. Of half a word, which may be the last, the first byte goes with
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from vllm_svd.kernels.native import LANES
 from vllm_svd.kernels.native.codec import FP8, INT4, INT8, fp8_bits
 from vllm_svd.kernels.native.features import has
-from vllm_svd.kernels.native.memory import INTEGERS, VECTOR, all_lanes, compiled, ints
+from vllm_svd.kernels.native.memory import INTEGERS, VECTOR, all_lanes, called, compiled, ints
 
 THERE = has("avx512bf16", "avx512bw")
 
@@ -32,19 +31,14 @@ _PAIRS, _SHORTS = ir.VectorType(_BFloat(), 2 * LANES), ir.VectorType(ir.IntType(
 
 def add_products(builder, total, left, right):
     """total + the products of both channels, whose pairs are words."""
-    signature = ir.FunctionType(VECTOR, [VECTOR, _PAIRS, _PAIRS])
-    name = "llvm.x86.avx512bf16.dpbf16ps.512"
-    function = cgutils.get_or_insert_function(builder.module, signature, name)
     pairs = [builder.bitcast(words, _PAIRS) for words in (left, right)]
-    return builder.call(function, [total, *pairs])
+    return called(builder, "avx512bf16.dpbf16ps", VECTOR, total, *pairs)
 
 
 def _looked_up(builder, table, places):
     """Of 16 bits each the low ones tell which of a table that repeats itself."""
-    signature = ir.FunctionType(_SHORTS, [_SHORTS, _SHORTS])
-    name = "llvm.x86.avx512.permvar.hi.512"
-    function = cgutils.get_or_insert_function(builder.module, signature, name)
-    found = builder.call(function, [table, builder.bitcast(places, _SHORTS)])
+    places = builder.bitcast(places, _SHORTS)
+    found = called(builder, "avx512.permvar.hi", _SHORTS, table, places)
     return builder.bitcast(found, INTEGERS)
 
 

@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from vllm_svd.kernels.native import LANES
 from vllm_svd.kernels.native.features import has
-from vllm_svd.kernels.native.memory import INTEGERS, VECTOR, all_lanes, compiled, ints
+from vllm_svd.kernels.native.memory import INTEGERS, VECTOR, all_lanes, called, compiled, ints
 from vllm_svd.kernels.native.places import SPREAD_ROWS
 
 THERE = has("avx512vbmi", "avx512bw")
@@ -21,18 +21,11 @@ _BYTES = ir.VectorType(ir.IntType(8), 4 * LANES)
 _OCTETS = ir.VectorType(ir.IntType(8), LANES)
 
 
-def _called(builder, name, kind, values, places):
-    """LLVM's permutation of `values`, by `places`."""
-    signature = ir.FunctionType(kind, [kind, places.type])
-    function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.x86.{name}.512")
-    return builder.call(function, [values, places])
-
-
 def _scales(builder, bytes_):
     """2^((b - 128) / 8) of bytes, exactly codec.scales(); NaN for 255."""
     eighths = [2.0 ** (i / 8) for i in range(8)] * 2
     steps = builder.and_(bytes_, all_lanes(7))
-    part = _called(builder, "avx512.permvar.sf", VECTOR, ir.Constant(VECTOR, eighths), steps)
+    part = called(builder, "avx512.permvar.sf", VECTOR, ir.Constant(VECTOR, eighths), steps)
     octaves = builder.sub(builder.lshr(bytes_, all_lanes(3)), all_lanes(16))
     bits = builder.add(builder.bitcast(part, INTEGERS), builder.shl(octaves, all_lanes(23)))
     finite = builder.icmp_signed("!=", bytes_, all_lanes(255))
@@ -76,12 +69,12 @@ def _decode(typingctx, slots, stride, count, scales, table, target, target_strid
         bytes_, shift, mask, flip, middle, tier = rows
         with cgutils.for_range(builder, count) as loop:
             window = _read(builder, builder.add(slots, builder.mul(loop.index, stride)), _BYTES, 1)
-            codes = _called(builder, "avx512.permvar.qi", _BYTES, window, bytes_)
+            codes = called(builder, "avx512.permvar.qi", _BYTES, window, bytes_)
             codes = builder.lshr(builder.bitcast(codes, INTEGERS), shift)
             codes = builder.xor(builder.and_(codes, mask), flip)
             levels = builder.fsub(builder.sitofp(codes, VECTOR), middle)
             found = _read(builder, builder.add(scales, builder.mul(loop.index, _WORD(64))), VECTOR)
-            scale = _called(builder, "avx512.permvar.sf", VECTOR, found, tier)
+            scale = called(builder, "avx512.permvar.sf", VECTOR, found, tier)
             place = builder.add(target, builder.mul(loop.index, target_stride))
             _write(builder, builder.fmul(levels, scale), place)
         return context.get_dummy_value()
