@@ -189,7 +189,7 @@ def sides() -> st.SearchStrategy[Tiers]:
 def test_any_batch(kernel, lengths, mode, ranks, tiers, shared, window, cap, seed):
     shape = {"mode": mode, "k_rank": ranks[0], "v_rank": ranks[1], "window": window}
     shape |= {"shared": shared, "tiers": tiers, "soft_cap": cap}
-    check(kernel, *(build(lengths, **shape, seed=seed + more) for more in range(4)))
+    check(kernel, *(build(lengths, **shape, seed=seed + more) for more in range(12)))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
