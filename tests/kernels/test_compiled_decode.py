@@ -1,6 +1,5 @@
 """The compiled attention against the fp64 reference, over random ragged paged batches."""
 
-import functools
 import gc
 import os
 import random
@@ -11,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import paged_cases
 import pytest
 import torch
+from compiled_cases import ALL, FP8, INT4, INT8_4_2, UNUSED, WHOLE, build, check, run
 from paged_cases import Case
 
 from vllm_svd.kernels import latent_attention, native
@@ -21,32 +20,10 @@ from vllm_svd.kernels.latent_attention import compiled, team
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.paged_batch import PagedBatch
 
-if native.is_there():
-    from vllm_svd.kernels.native import features
-
 pytestmark = [
     pytest.mark.skipif(not native.is_there(), reason="needs numba"),
     pytest.mark.usefixtures("a_team"),
 ]
-
-
-INT8_4_2 = (((8, "int8"), (4, "int4"), (4, "int2")), ((4, "int8"), (12, "int4"), (8, "int2")))
-FP8 = (((16, "fp8_e4m3"),), ((24, "fp8_e4m3"),))
-INT4 = (((16, "int4"),), ((24, "int4"),))
-UNUSED = 2**31 - 1
-ALL = [(1, 1), (1, 40), (7, 7), (8, 53), (1, 33), (5, 48), (2, 200)]
-
-
-build = functools.partial(paged_cases.build, unused=UNUSED)
-
-
-def run(case: Case) -> torch.Tensor:
-    output = torch.full(case.shape, torch.nan, dtype=case.query.dtype)
-    assert compiled.attend(case.query, case.cache, case.batch, output, **case.settings)
-    return output
-
-
-check = functools.partial(paged_cases.check, run)
 
 
 @pytest.mark.parametrize("tiers", [None, INT8_4_2, FP8, INT4], ids=["no", "842", "fp8", "int4"])
@@ -299,83 +276,6 @@ def test_a_step_of_everything():
         check(build(lengths, kv_heads=4, **shape), build(lengths, kv_heads=4, window=50, **shape))
 
 
-# Of whole words, as bf16 pairs want them, and of halves of one.
-WHOLE = (((8, "int8"), (16, "int4"), (24, "int2")), ((8, "int8"), (8, "int4"), (16, "int2")))
-PAIRED = [
-    WHOLE,
-    (((32, "int2"),), ((48, "int2"),)),
-    (((8, "int2"),), ((8, "int2"),)),
-    (((40, "int4"),), ((128, "int4"), (8, "int2"))),
-    (((4, "int4"),), ((256, "int4"),)),
-    (((4, "int8"),), ((20, "int8"), (300, "int2"))),
-    (((8, "fp8_e4m3"), (16, "int2")), ((4, "fp8_e4m3"), (8, "int4"))),
-    (((64, "int8"), (64, "int4")), ((16, "int4"), (12, "int4"))),
-    (((4, "int2"), (16, "int8")), ((4, "int2"), (16, "int8"))),  # not words
-]
-
-
-@pytest.mark.parametrize("tiers", PAIRED, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_tiers_of_any_size(tiers, dtype):
-    """Bases that bf16 has exactly, whatever the dtype: where the CPU can, pairs are multiplied."""
-    for shape in ({}, {"kv_heads": 4, "shared": 2}, {"block": 12, "d": 48, "rotary_dim": 16}):
-        case = build(ALL, tiers=tiers, **shape)
-        settings = case.settings | {"k_up": case.settings["k_up"].bfloat16().to(dtype)}
-        check(replace(case, settings=settings))
-
-
-def in_fp32(case: Case) -> Case:
-    """Of the same latents and bases: no rounding of queries and outputs hides one of theirs."""
-    return replace(case, query=case.query.float())
-
-
-@pytest.mark.parametrize("k_rank", [2, 6, 16, 30, 40, 64])
-def test_pairs_of_any_rank(k_rank):
-    for shape in ({"d": 64}, {"d": 40, "neox": False}, {"d": 24, "rotary_dim": 16, "block": 7}):
-        check(in_fp32(build(ALL, k_rank=k_rank, dtype=torch.bfloat16, **shape)))
-
-
-def test_products_in_bf16_are_exact_where_they_are_used():
-    """The same basis, with and without a last bit that bf16 has not: pairs only without."""
-    case = build(ALL, dtype=torch.bfloat16)
-    inexact = case.settings["k_up"].float()
-    inexact[0, 0, 0] *= 1 + 2**-12
-    layouts = [LatentLayout(16, 24) for _ in range(2)]
-    for layout, basis in zip(layouts, (case.settings["k_up"], inexact), strict=True):
-        settings = case.settings | {"k_up": basis, "layout": layout}
-        check(in_fp32(replace(case, settings=settings)))
-    paired = [layout.memo["attend"].bases.arguments["paired"] for layout in layouts]
-    assert paired == [features.has("avx512bf16", "avx512bw"), False]
-
-
-# What LLVM calls the vector units of CPUs that others have.
-OTHER_CPUS = {
-    "haswell": "+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2",
-    "skylake-avx512": "+sse4.2,+avx,+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl,+avx512dq",
-}
-
-
-@pytest.mark.parametrize("cpu", OTHER_CPUS)
-def test_other_cpus(cpu):
-    """With fewer units than this one may have, which this one then has to do without, too."""
-    if not features.has(*OTHER_CPUS[cpu].replace("+", "").split(",")):
-        pytest.skip(f"this CPU cannot do all that a {cpu} does")
-    program = """
-import torch
-from test_compiled_decode import ALL, INT8_4_2, WHOLE, build, check
-from vllm_svd.kernels.native import features
-assert not features.has("avx512bf16") and not features.has("avx512vbmi")
-torch.set_num_threads(2)
-for shape in ({}, {"tiers": INT8_4_2}, {"tiers": WHOLE, "kv_heads": 4, "shared": 2}):
-    for dtype in (torch.float32, torch.bfloat16):
-        for mode in ("pre", "post"):
-            check(build([*ALL, (90, 130)], mode=mode, dtype=dtype, d=64, **shape))
-"""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    environment |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": OTHER_CPUS[cpu]}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
-
-
 def test_scores_of_any_size():
     case = build([(1, 300), (1, 70)], mode="post")
     for factor in (1e-30, 30.0, 1e4):
@@ -425,7 +325,7 @@ def test_works_in_a_forked_process():
     program = """
 import os, torch
 torch.set_num_threads(1)
-from test_compiled_decode import ALL, build, check
+from compiled_cases import ALL, build, check
 check(build(ALL))
 child = os.fork()
 if not child:
