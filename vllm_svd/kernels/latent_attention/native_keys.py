@@ -106,29 +106,35 @@ def _block(rows, vectors, paired):
     return rebuild
 
 
+def _channels(rows, vectors, paired):
+    """So many channels from i on, and those they are paired with, by the layer's strides."""
+    block = _block(rows, vectors, paired)
+
+    @compiled
+    def channels(c, i, up, latents, quotients, angles, keys):
+        half, stride = c.width // 2, c.up_stride_1
+        up, angles, keys = up + i * stride, angles + _ANGLES * i, keys + _ROW * i
+        block(
+            *(up, stride, half * stride, latents, c.spans, c.num_spans, quotients),
+            *(angles, _ANGLES * half, _ANGLES * c.width, keys, _ROW * half),
+        )
+
+    return channels
+
+
 def _columns(vectors, paired):
     """Keys of so many vectors of tokens, all channels: as many at a time as there are sums for."""
     most = max(1, min(4, SUMS // (2 * vectors)))
-    many, one = _block(most, vectors, paired), _block(1, vectors, paired)
+    many, one = (_channels(rows, vectors, paired) for rows in (most, 1))
 
     @compiled
     def columns(c, up, latents, quotients, angles, keys):
-        half, stride, turn = c.width // 2, c.up_stride_1, 4 * LANES * c.width
-        i, up_half, turn_half, keys_half = 0, half * stride, _ANGLES * half, _ROW * half
-        spans, count = c.spans, c.num_spans
-        while i + most <= half:
-            row, at, out = up + i * stride, angles + _ANGLES * i, keys + _ROW * i
-            many(
-                *(row, stride, up_half, latents, spans, count, quotients),
-                *(at, turn_half, turn, out, keys_half),
-            )
+        i = 0
+        while i + most <= c.width // 2:
+            many(c, i, up, latents, quotients, angles, keys)
             i += most
-        while i < half:
-            row, at, out = up + i * stride, angles + _ANGLES * i, keys + _ROW * i
-            one(
-                *(row, stride, up_half, latents, spans, count, quotients),
-                *(at, turn_half, turn, out, keys_half),
-            )
+        while i < c.width // 2:
+            one(c, i, up, latents, quotients, angles, keys)
             i += 1
 
     return columns
