@@ -112,7 +112,7 @@ def _loader(layer: Any, name: str) -> Callable[..., None]:
             raise _misfit(layer, f"shard {index}: {name} is {found}, config.json says {expected}")
         if loaded_weight.is_floating_point() != param.is_floating_point():
             raise _misfit(layer, f"shard {index}: {name} is of {loaded_weight.dtype}")
-        if not param.numel():
+        if param.numel() < piece.place.stop:
             raise UnsupportedModelError(
                 f"{layer.prefix}: {name} was loaded again where it had been reordered for this CPU",
                 "weights that are loaded once, or through vLLM's reload_weights",
