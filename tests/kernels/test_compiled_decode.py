@@ -269,6 +269,19 @@ def test_what_was_made_of_other_tensors_is_not_used():
     assert not any(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
+@pytest.mark.parametrize("mode", ["pre", "post"])
+def test_bases_that_are_written_to_or_moved_are_read_again(mode):
+    """As vLLM's reload_weights does in place, and Module.to."""
+    case = build(ALL, mode=mode, projects=True)
+    run(case)
+    for name in ("k_up", "v_up"):
+        basis = case.settings[name]
+        basis.copy_(2 * basis)
+        check(case)
+        basis.data = basis.flip(0)
+        check(case)
+
+
 def test_a_step_of_everything():
     """Prompts, chunks of them, drafts to verify and decode steps, long and short."""
     lengths = [(1, 700), (200, 200), (64, 321), (5, 90), (1, 1), (130, 259), (3, 64)]

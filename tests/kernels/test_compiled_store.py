@@ -96,6 +96,16 @@ def test_few_tokens_are_projected_within_rounding(monkeypatch, layout, dtype, to
         assert error <= 1.01 * plain_error + 1e-6 * float(exact.norm())
 
 
+def test_bases_that_moved_are_read_where_they_are():
+    layout, g = LatentLayout(8, 8), torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 1, 2, 16, generator=g)
+    down, cache = tuple(torch.randn(2, 2, 8, 16, generator=g)), torch.zeros(1, 2, 16, 16)
+    for factor in (1, 2):
+        down[0].data = torch.full_like(down[0], factor)
+        assert compiled.store(key, value, cache, torch.tensor([0]), layout, down)
+        torch.testing.assert_close(cache[0, :, 0, 0], factor * key[0].sum(-1))
+
+
 def test_many_tokens_are_projected_by_blas(monkeypatch):
     layout, g = LatentLayout(8, 8), torch.Generator().manual_seed(0)
     key, value = torch.randn(2, 20, 2, 16, generator=g)

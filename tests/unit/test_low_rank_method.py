@@ -6,6 +6,11 @@ from typing import Any
 import pytest
 import torch
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
 
 from vllm_svd.compat import BaseKVCacheMethod, LinearMethodBase, QuantizationConfig
 from vllm_svd.errors import CheckpointFormatError, UnsupportedModelError
@@ -126,8 +131,31 @@ def test_factors_that_are_reordered_for_a_cpu(dtype, shape):
     assert found.dtype == dtype and found.shape == exact.shape
     error = (torch.cat(plain, dim=-1).double() - exact).norm()
     assert (found.double() - exact).norm() <= 2 * error
+    method.process_weights_after_loading(layer)  # as vLLM does when other layers were loaded
+    assert torch.equal(method.apply(layer, x), found)
     with pytest.raises(UnsupportedModelError, match="was loaded again"):
         load(layer, "A", parts[0][1], "q")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_factors_are_loaded_again_by_vllm(dtype):
+    """Layer by layer, as reload_weights does: reordered or not, only the new ones count."""
+    width, rows, rank = 96, 64, 32
+    config, *first = factors(rows, width, rank)
+    method = ShardedLinearMethod([config])
+    layer = made(method, Layer(0, 1, width), width, [rows], dtype=dtype)
+    layer.quant_method = method
+    x = torch.randn(3, width).to(dtype)
+    record_metadata_for_reloading(layer)
+    for name, factor in zip("AB", first, strict=True):
+        load(layer, name, factor.mul(0.1).to(dtype))
+    method.process_weights_after_loading(layer)
+    before = method.apply(layer, x)
+    initialize_layerwise_reload(layer)
+    for name, factor in zip("AB", first, strict=True):
+        load(layer, name, factor.mul(-0.2 if name == "A" else 0.1).to(dtype))
+    finalize_layerwise_reload(layer, None)
+    assert torch.equal(method.apply(layer, x), -2 * before)
 
 
 def test_replicated_layers_keep_every_row():

@@ -10,7 +10,11 @@ import torch.nn.functional as F  # noqa: N812
 
 # Asked here, not where products are made: compilation cannot trace the question.
 _HAS_MKLDNN = hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
-_EMULATES_BF16 = _HAS_MKLDNN and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# oneDNN calls any AVX-512 enough for bf16, and emulates it with vectors of fp32 where units lack.
+_LACKS_UNITS = torch.cpu._is_avx512_supported() and not (
+    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+)
+_EMULATES_BF16 = _HAS_MKLDNN and (_LACKS_UNITS or not torch.ops.mkldnn._is_mkldnn_bf16_supported())
 _EMULATES_FP16 = _HAS_MKLDNN and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 # Of fewer rows a product reads its weights once, in half precision, at the speed of memory.
 FEW_ROWS = 4

@@ -19,11 +19,12 @@ from vllm_svd.compat import (
 )
 from vllm_svd.errors import CheckpointFormatError, UnsupportedModelError
 from vllm_svd.format import KVProjection
-from vllm_svd.kernels import latent_attention, latent_store
+from vllm_svd.kernels import latent_attention, latent_store, native
 from vllm_svd.kernels.products import widened
 from vllm_svd.quantization.completeness import check_filled, unfilled
 
 BASES = ("k_down", "k_up", "v_down", "v_up")
+REORDERED = ("k_up", "v_up")  # of which machine code keeps a form of its own
 
 
 class LatentKVMethod(BaseKVCacheMethod):
@@ -66,11 +67,13 @@ class LatentKVMethod(BaseKVCacheMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raises if a basis never came, or if no rotary module was bound in mode `pre`."""
         check_filled(layer.layer_name, {name: getattr(layer, name) for name in BASES})
-        # Machine code would widen what it multiplies with in every step; these are small.
-        wide = isinstance(layer.impl, ProjectingImpl)
+        # What every step reads in place is small, and kept in fp32 where it would be widened.
+        projecting = isinstance(layer.impl, ProjectingImpl)
         for name in BASES:
             basis = getattr(layer, name)
-            basis.data = basis.data.float() if wide else widened(basis.data)
+            if projecting and native.is_there() and name in REORDERED:
+                continue
+            basis.data = basis.data.float() if projecting else widened(basis.data)
         if not isinstance(layer.impl, LatentImpl):
             return
         latent_attention.prepare(layer.k_down.device)

@@ -56,6 +56,8 @@ class ShardedLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raises CheckpointFormatError for tensors that never came, or make no sense."""
         shards: list[Shard] = layer.svd_shards
+        if layer.svd_products is not None and not layer.A.numel():
+            return  # nothing came since factors were reordered
         check_filled(
             layer.prefix,
             {
@@ -115,7 +117,7 @@ def _loader(layer: Any, name: str) -> Callable[..., None]:
         if param.numel() < piece.place.stop:
             raise UnsupportedModelError(
                 f"{layer.prefix}: {name} was loaded again where it had been reordered for this CPU",
-                "weights that are loaded once, or through vLLM's reload_weights",
+                "weights that are loaded once, or by reload_weights from a whole checkpoint",
                 "start the server again with the other weights",
             )
         param.data[piece.place].view(piece.shape).copy_(loaded_weight[piece.index])

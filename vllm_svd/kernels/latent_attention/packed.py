@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from vllm_svd.kernels.kept import Source
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.native import LANES
 from vllm_svd.kernels.native.places import in_pairs
@@ -22,8 +23,7 @@ class Bases(NamedTuple):
     arguments: dict[str, int]
     arrays: tuple[Any, ...]
     stored: torch.dtype
-    k_up: torch.Tensor | None
-    v_up: torch.Tensor | None
+    ups: Source
     rope: Rope | None
 
     def are_of(
@@ -33,8 +33,8 @@ class Bases(NamedTuple):
         v_up: torch.Tensor | None,
         rope: Rope | None,
     ) -> bool:
-        """Whether of these very tensors."""
-        if self.k_up is not k_up or self.v_up is not v_up or self.stored != stored:
+        """Whether of these very tensors, as they are."""
+        if self.stored != stored or not self.ups.holds(k_up, v_up):
             return False
         if self.rope is None or rope is None:
             return self.rope is rope
@@ -60,7 +60,7 @@ def bases(
         arrays.append(values)
         arguments |= {"v_up": values.data_ptr(), "v_up_stride_0": values.stride(0) * 4}
     if k_up is None:
-        return Bases(arguments, tuple(arrays), stored, k_up, v_up, rope)
+        return Bases(arguments, tuple(arrays), stored, Source.of(k_up, v_up), rope)
     if rope is None:
         up = _padded(k_up, layout.k_rank)
     else:
@@ -86,7 +86,7 @@ def bases(
     up = _placed(up)
     arguments |= {"up": up.data_ptr()}
     arguments |= {f"up_stride_{dimension}": up.stride(dimension) * 4 for dimension in (0, 1)}
-    return Bases(arguments, (*arrays, up), stored, k_up, v_up, rope)
+    return Bases(arguments, (*arrays, up), stored, Source.of(k_up, v_up), rope)
 
 
 def channels(rope: Rope, width: int) -> list[int]:

@@ -16,6 +16,7 @@ import torch
 from vllm_svd import codec
 from vllm_svd.format import STORES
 from vllm_svd.kernels import native
+from vllm_svd.kernels.kept import Source
 from vllm_svd.kernels.latent_layout import LatentLayout
 from vllm_svd.kernels.native import KINDS, lines
 from vllm_svd.kernels.products import project
@@ -72,7 +73,7 @@ def store(
         layer is None
         or layer.place != place
         or layer.cache() is not kv_cache
-        or not layer.projects(down)
+        or not layer.down.holds(*(down or (None, None)))
     ):
         if not usable(key, value, kv_cache, down):
             return False
@@ -102,16 +103,10 @@ class Layer(NamedTuple):
 
     place: tuple[Any, ...]
     cache: Callable[[], torch.Tensor | None]
-    down: Down | None
+    down: Source
     packed: bytes
     channels: int
     of_thread: int
-
-    def projects(self, down: Down | None) -> bool:
-        """Whether by these bases."""
-        if self.down is None or down is None:
-            return self.down is down
-        return self.down[0] is down[0] and self.down[1] is down[1]
 
 
 def _layer(
@@ -156,7 +151,7 @@ def _layer(
     return Layer(
         place=place,
         cache=weakref.ref(kv_cache),
-        down=down,
+        down=Source.of(*(down or (None, None))),
         packed=native.packed(LAYER, arguments),
         channels=groups * (layout.k_rank + layout.v_rank),
         of_thread=end,

@@ -81,7 +81,7 @@ def scratch(size: int) -> int:
     """Address of so many bytes, this thread's until its next call."""
     memory: torch.Tensor | None = getattr(_memory, "tensor", None)
     if memory is None or memory.numel() < size + 64:
-        memory = _memory.tensor = torch.zeros(size + 64, dtype=torch.uint8)
+        memory = _memory.tensor = torch.empty(size + 64, dtype=torch.uint8)
         _memory.address = lines(memory.data_ptr())
     return int(_memory.address)
 
