@@ -21,6 +21,7 @@ from engine_cases import (
     TEST_TEXT,
     TIERED,
     apart,
+    assert_only_flips,
     compress,
     deviations,
     full_rank_weights,
@@ -150,19 +151,10 @@ def dense_deviation(engines, dense, prompts) -> float:
 
 @pytest.fixture(scope="session")
 def same_but_for_flips(engines, dense_deviation):
-    """Whether log-probabilities of tiers differ as fp32 does.
-
-    A latent within fp32 noise of the border between two codes may fall to either side, which moves
-    the tokens that read it by a step. Tokens before the first of these, a quarter at least, differ
-    by fp32 noise, and all together by a small part of what storing in few bits changes. Products of
-    another library (transformers on torch's, vLLM on its own) have more of that noise, and flip
-    more codes sooner; a wrong code or scale anywhere would move every token by all of it.
-    """
+    """`assert_only_flips` against the demo model's dense engine and its noise."""
 
     def check(differences, name, other_library=False) -> None:
         effect = rms(apart(of(engines, "dense"), of(engines, name), "prompt_logprobs"))
-        untouched, part = (0.1, 0.1) if other_library else (0.25, 0.05)
-        assert differences.abs().quantile(untouched) <= 2 * dense_deviation
-        assert rms(differences) <= part * effect
+        assert_only_flips(differences, effect, dense_deviation, other_library)
 
     return check
