@@ -31,6 +31,8 @@ NAMES = ["weights_full", "pre_full", "post_full", "pre_half", "post_half"]
 GROUPED = ["pre_grouped", "post_grouped"]  # both KV heads in one latent
 MIXED = ["pre_mixed", "post_mixed"]
 TIERED = ["pre_tiers", "post_tiers"]  # latents in a few bits each
+# One dtype of fewer bits for all channels of the latents.
+STORES = ["int8", "int4", "fp8_e4m3"]
 BEAMS = ["pre_half", TIERED[0]]
 CHUNKS = [16, 64, 256]
 ARTEFACTS = ["auto", "codebooks", "int8_factors", "reduced"]
@@ -179,6 +181,11 @@ def tokens(result: dict[str, Any], number: int = 0) -> list[list[int]]:
     return [request["tokens"] for request in result["rounds"][number]]
 
 
+def warm(result: dict[str, Any]) -> dict[str, Any]:
+    """The rounds after the first, which find prefixes in the cache."""
+    return {"rounds": result["rounds"][1:]}
+
+
 @torch.inference_mode()
 def deviations(
     result: dict[str, Any],
@@ -200,3 +207,10 @@ def deviations(
         served = [*(request["prompt_logprobs"] or []), *request["logprobs"]]
         found.append(torch.tensor(served).double() - expected[-len(served) :])
     return torch.cat(found)
+
+
+def without_codes(network: torch.nn.Module) -> None:
+    """A change of `deviations`: latents of the same channels in the dtype of the network."""
+    for module in network.modules():
+        if isinstance(module, reference.LatentKV):
+            module.k_tiers = module.v_tiers = ()
