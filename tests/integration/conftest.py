@@ -18,6 +18,7 @@ from engine_cases import (
     MIXED,
     MIXED_RANKS,
     NAMES,
+    STORES,
     TEST_TEXT,
     TIERED,
     apart,
@@ -78,6 +79,10 @@ def compressed(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Compres
             "weights": {"kept": 1.0},
             "kv": {"mode": "post", "kept": 0.125, "store": "tiers"},
         },
+        **{
+            store: {"weights": {"kept": 1.0}, "kv": {"kept": 0.1, "store": store}}
+            for store in STORES
+        },
         "auto": {"weights": {"method": "auto", "kept": 0.1}, "kv": {"kept": 0.5}},
         "codebooks": {
             "weights": {"method": {"name": "gptvq", "em_iterations": 10}, "kept": 0.08},
@@ -129,6 +134,7 @@ def engines(dense: Path, compressed: Any, prompts: Any, tmp_path_factory: Any) -
         cases[f"{name}_full_pool"] = case(model, num_gpu_blocks_override=24, block_size=32)
         cases[f"{name}_compiled"] = case(model, enforce_eager=False)
         cases[f"{name}_bf16"] = case(model, dtype="bfloat16")
+    cases |= {store: case(compressed(store), rounds=1) for store in STORES}
     for name in BEAMS:
         cases[name]["beams"] = 3
     for dtype in ("fp8", "int8_per_token_head"):

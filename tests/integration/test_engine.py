@@ -17,13 +17,16 @@ from engine_cases import (
     MIXED,
     MIXED_RANKS,
     NAMES,
+    STORES,
     TIERED,
     apart,
+    assert_only_flips,
     deviations,
     of,
     rms,
     tokens,
     warm,
+    without_codes,
 )
 
 pytestmark = pytest.mark.engine
@@ -61,6 +64,17 @@ def test_tiers_give_the_logprobs_of_the_offline_reference(
     same_but_for_flips(differences, name, other_library=True)
 
 
+@pytest.mark.parametrize("store", STORES)
+def test_a_store_gives_the_logprobs_of_the_offline_reference(
+    engines, compressed, prompts, dense_deviation, store
+):
+    """Against what the codes of this very store change, not what fewer channels do beside."""
+    served, model = of(engines, store), compressed(store)
+    effect = rms(deviations(served, model, prompts, without_codes))
+    differences = deviations(served, model, prompts)
+    assert_only_flips(differences, effect, dense_deviation, other_library=True)
+
+
 @pytest.mark.parametrize("name", [*GROUPED, *MIXED, *TIERED, *ARTEFACTS])
 def test_compression_is_not_a_no_op(engines, name):
     dense = of(engines, "dense")["rounds"][0][3]["prompt_logprobs"]
@@ -80,11 +94,13 @@ def test_a_quarter_of_the_channels_holds_four_times_the_tokens(engines, name):
     assert ratio == pytest.approx(4.0, rel=0.02)
 
 
-@pytest.mark.parametrize("name", TIERED)
-def test_tiers_hold_as_many_tokens_as_planned(engines, compressed, name):
+@pytest.mark.parametrize(
+    ("name", "least"), [("pre_tiers", 16), ("post_tiers", 8), *((store, 10) for store in STORES)]
+)
+def test_codes_hold_as_many_tokens_as_planned(engines, compressed, name, least):
     totals = json.loads((compressed(name) / "plan.json").read_text())["totals"]
     planned = totals["kv_bytes_per_token_dense"] / totals["kv_bytes_per_token"]
-    assert planned >= {"pre_tiers": 16, "post_tiers": 8}[name]
+    assert planned >= least
     ratio = of(engines, name)["kv_cache_tokens"] / of(engines, "dense")["kv_cache_tokens"]
     assert ratio == pytest.approx(planned, rel=0.02)
 
