@@ -18,9 +18,11 @@ from engine_cases import (
     MIXED,
     MIXED_RANKS,
     NAMES,
+    STORES,
     TEST_TEXT,
     TIERED,
     apart,
+    assert_only_flips,
     compress,
     deviations,
     full_rank_weights,
@@ -77,6 +79,10 @@ def compressed(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Compres
             "weights": {"kept": 1.0},
             "kv": {"mode": "post", "kept": 0.125, "store": "tiers"},
         },
+        **{
+            store: {"weights": {"kept": 1.0}, "kv": {"kept": 0.1, "store": store}}
+            for store in STORES
+        },
         "auto": {"weights": {"method": "auto", "kept": 0.1}, "kv": {"kept": 0.5}},
         "codebooks": {
             "weights": {"method": {"name": "gptvq", "em_iterations": 10}, "kept": 0.08},
@@ -128,6 +134,7 @@ def engines(dense: Path, compressed: Any, prompts: Any, tmp_path_factory: Any) -
         cases[f"{name}_full_pool"] = case(model, num_gpu_blocks_override=24, block_size=32)
         cases[f"{name}_compiled"] = case(model, enforce_eager=False)
         cases[f"{name}_bf16"] = case(model, dtype="bfloat16")
+    cases |= {store: case(compressed(store), rounds=1) for store in STORES}
     for name in BEAMS:
         cases[name]["beams"] = 3
     for dtype in ("fp8", "int8_per_token_head"):
@@ -150,19 +157,10 @@ def dense_deviation(engines, dense, prompts) -> float:
 
 @pytest.fixture(scope="session")
 def same_but_for_flips(engines, dense_deviation):
-    """Whether log-probabilities of tiers differ as fp32 does.
-
-    A latent within fp32 noise of the border between two codes may fall to either side, which moves
-    the tokens that read it by a step. Tokens before the first of these, a quarter at least, differ
-    by fp32 noise, and all together by a small part of what storing in few bits changes. Products of
-    another library (transformers on torch's, vLLM on its own) have more of that noise, and flip
-    more codes sooner; a wrong code or scale anywhere would move every token by all of it.
-    """
+    """`assert_only_flips` against the demo model's dense engine and its noise."""
 
     def check(differences, name, other_library=False) -> None:
         effect = rms(apart(of(engines, "dense"), of(engines, name), "prompt_logprobs"))
-        untouched, part = (0.1, 0.1) if other_library else (0.25, 0.05)
-        assert differences.abs().quantile(untouched) <= 2 * dense_deviation
-        assert rms(differences) <= part * effect
+        assert_only_flips(differences, effect, dense_deviation, other_library)
 
     return check

@@ -31,6 +31,8 @@ NAMES = ["weights_full", "pre_full", "post_full", "pre_half", "post_half"]
 GROUPED = ["pre_grouped", "post_grouped"]  # both KV heads in one latent
 MIXED = ["pre_mixed", "post_mixed"]
 TIERED = ["pre_tiers", "post_tiers"]  # latents in a few bits each
+# One dtype of fewer bits for all channels of the latents.
+STORES = ["int8", "int4", "fp8_e4m3"]
 BEAMS = ["pre_half", TIERED[0]]
 CHUNKS = [16, 64, 256]
 ARTEFACTS = ["auto", "codebooks", "int8_factors", "reduced"]
@@ -153,6 +155,22 @@ def apart(first: dict[str, Any], second: dict[str, Any], *kinds: str) -> torch.T
     )
 
 
+def assert_only_flips(
+    differences: torch.Tensor, effect: float, noise: float, other_library: bool = False
+) -> None:
+    """Log-probabilities of tiers differ as fp32 does, but for codes that flipped.
+
+    A latent within fp32 noise of the border between two codes may fall to either side, which moves
+    the tokens that read it by a step. Tokens before the first of these, a quarter at least, differ
+    by fp32 noise, and all together by a small part of the effect of storing in few bits. Products
+    of another library (transformers on torch's, vLLM on its own) have more of that noise, and flip
+    more codes sooner; a wrong code or scale anywhere would move every token by all of it.
+    """
+    untouched, part = (0.1, 0.1) if other_library else (0.25, 0.05)
+    assert differences.abs().quantile(untouched) <= 2 * noise
+    assert rms(differences) <= part * effect
+
+
 def of(engines: dict[str, Any], name: str) -> dict[str, Any]:
     result = engines[name]
     assert "error" not in result, result["error"]
@@ -161,6 +179,11 @@ def of(engines: dict[str, Any], name: str) -> dict[str, Any]:
 
 def tokens(result: dict[str, Any], number: int = 0) -> list[list[int]]:
     return [request["tokens"] for request in result["rounds"][number]]
+
+
+def warm(result: dict[str, Any]) -> dict[str, Any]:
+    """The rounds after the first, which find prefixes in the cache."""
+    return {"rounds": result["rounds"][1:]}
 
 
 @torch.inference_mode()
@@ -184,3 +207,10 @@ def deviations(
         served = [*(request["prompt_logprobs"] or []), *request["logprobs"]]
         found.append(torch.tensor(served).double() - expected[-len(served) :])
     return torch.cat(found)
+
+
+def without_codes(network: torch.nn.Module) -> None:
+    """A change of `deviations`: latents of the same channels in the dtype of the network."""
+    for module in network.modules():
+        if isinstance(module, reference.LatentKV):
+            module.k_tiers = module.v_tiers = ()

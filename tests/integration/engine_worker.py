@@ -46,13 +46,14 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     ]
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in case["prompts"]]
     lora = LoRARequest("adapter", 1, case["lora"]) if "lora" in case else None
-    rounds = [
-        [
-            _request(output)
-            for output in llm.generate(prompts, parameters, use_tqdm=False, lora_request=lora)
-        ]
-        for parameters in sampling
-    ]
+    rounds, preemptions = [], []
+    for number, parameters in enumerate(sampling):
+        before = _metrics(llm)["vllm:num_preemptions"]
+        # And back: a full pool still holds the last prompts of the round before, which come first.
+        turn = -1 if number % 2 else 1
+        outputs = llm.generate(prompts[::turn], parameters, use_tqdm=False, lora_request=lora)
+        rounds.append([_request(output) for output in outputs[::turn]])
+        preemptions.append(_metrics(llm)["vllm:num_preemptions"] - before)
     beams = []
     if width := case.get("beams"):
         parameters = BeamSearchParams(width, max_tokens=case["max_tokens"], ignore_eos=True)
@@ -60,7 +61,6 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         beams = [[beam.cum_logprob for beam in one.sequences] for one in found]
     config = llm.llm_engine.vllm_config
     cache, layers = config.cache_config, config.compilation_config.static_forward_context
-    metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     return {
         "rounds": rounds,
         "beams": beams,
@@ -69,9 +69,13 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "num_blocks": cache.num_gpu_blocks,
         "block_size": cache.block_size,
         "implementations": sorted({type(layer.impl).__name__ for layer in layers.values()}),
-        "preemptions": metrics["vllm:num_preemptions"],
-        "accepted_drafts": metrics.get("vllm:spec_decode_num_accepted_tokens"),
+        "preemptions": preemptions,
+        "accepted_drafts": _metrics(llm).get("vllm:spec_decode_num_accepted_tokens"),
     }
+
+
+def _metrics(llm: Any) -> dict[str, Any]:
+    return {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
 
 
 def _request(output: Any) -> dict[str, Any]:

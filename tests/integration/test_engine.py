@@ -17,12 +17,16 @@ from engine_cases import (
     MIXED,
     MIXED_RANKS,
     NAMES,
+    STORES,
     TIERED,
     apart,
+    assert_only_flips,
     deviations,
     of,
     rms,
     tokens,
+    warm,
+    without_codes,
 )
 
 pytestmark = pytest.mark.engine
@@ -60,6 +64,17 @@ def test_tiers_give_the_logprobs_of_the_offline_reference(
     same_but_for_flips(differences, name, other_library=True)
 
 
+@pytest.mark.parametrize("store", STORES)
+def test_a_store_gives_the_logprobs_of_the_offline_reference(
+    engines, compressed, prompts, dense_deviation, store
+):
+    """Against what the codes of this very store change, not what fewer channels do beside."""
+    served, model = of(engines, store), compressed(store)
+    effect = rms(deviations(served, model, prompts, without_codes))
+    differences = deviations(served, model, prompts)
+    assert_only_flips(differences, effect, dense_deviation, other_library=True)
+
+
 @pytest.mark.parametrize("name", [*GROUPED, *MIXED, *TIERED, *ARTEFACTS])
 def test_compression_is_not_a_no_op(engines, name):
     dense = of(engines, "dense")["rounds"][0][3]["prompt_logprobs"]
@@ -79,11 +94,13 @@ def test_a_quarter_of_the_channels_holds_four_times_the_tokens(engines, name):
     assert ratio == pytest.approx(4.0, rel=0.02)
 
 
-@pytest.mark.parametrize("name", TIERED)
-def test_tiers_hold_as_many_tokens_as_planned(engines, compressed, name):
+@pytest.mark.parametrize(
+    ("name", "least"), [("pre_tiers", 16), ("post_tiers", 8), *((store, 10) for store in STORES)]
+)
+def test_codes_hold_as_many_tokens_as_planned(engines, compressed, name, least):
     totals = json.loads((compressed(name) / "plan.json").read_text())["totals"]
     planned = totals["kv_bytes_per_token_dense"] / totals["kv_bytes_per_token"]
-    assert planned >= {"pre_tiers": 16, "post_tiers": 8}[name]
+    assert planned >= least
     ratio = of(engines, name)["kv_cache_tokens"] / of(engines, "dense")["kv_cache_tokens"]
     assert ratio == pytest.approx(planned, rel=0.02)
 
@@ -102,13 +119,17 @@ def test_per_layer_ranks_take_the_planned_bytes(engines, compressed, name):
 
 
 @pytest.mark.parametrize("name", ["dense", *NAMES, *GROUPED, *MIXED, *TIERED])
-def test_prefix_cache_is_used_and_changes_nothing(engines, dense_deviation, name):
+def test_prefix_cache_is_used_and_changes_nothing(
+    engines, dense_deviation, same_but_for_flips, name
+):
     result = of(engines, name)
     assert sum(request["cached_tokens"] for request in result["rounds"][1]) > 128
     assert tokens(result, 1) == tokens(result)
-    warm = {"rounds": result["rounds"][1:]}
-    if name not in TIERED:  # a code may flip between the two
-        assert rms(apart(result, warm, "logprobs")) <= 2 * dense_deviation
+    differences = apart(result, warm(result), "logprobs")
+    if name in TIERED:
+        same_but_for_flips(differences, name)
+    else:
+        assert rms(differences) <= 2 * dense_deviation
 
 
 FEATURES = ["full_pool", "compiled", *(f"chunks_of_{chunk}" for chunk in CHUNKS)]
@@ -132,7 +153,26 @@ def test_features_of_vllm_change_no_more_than_a_code(engines, same_but_for_flips
 
 @pytest.mark.parametrize("name", [*MIXED, *TIERED])
 def test_the_full_pool_preempted(engines, name):
-    assert of(engines, f"{name}_full_pool")["preemptions"] > 0
+    """In each round, of which the other tests compare one."""
+    assert min(of(engines, f"{name}_full_pool")["preemptions"]) > 0
+
+
+@pytest.mark.parametrize("name", [*MIXED, *TIERED])
+def test_a_warm_cache_in_a_full_pool_changes_nothing(
+    engines, dense_deviation, same_but_for_flips, name
+):
+    """Or, in tiers, no more than a code.
+
+    The last prompt is the first of the second round: what it finds was cached in the first one.
+    """
+    roomy, full = of(engines, name), of(engines, f"{name}_full_pool")
+    assert full["rounds"][1][-1]["cached_tokens"] > 128
+    assert tokens(full, 1) == tokens(roomy, 1)
+    differences = apart(warm(roomy), warm(full), "logprobs")
+    if name in TIERED:
+        same_but_for_flips(differences, name)
+    else:
+        assert rms(differences) <= 2 * dense_deviation
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.engine
 
 METHODS = ["gptq", "awq", "packed", "int8", "fp8"]
 EVERYWHERE = "int8"  # vLLM serves it on any CPU
+WITH_TIERS = [EVERYWHERE, "gptq"]
 RANKS = [(32, 32), (24, 40), (48, 16), (16, 32), (40, 40), (32, 24)]
 MODES = ["pre", "post"]
 TIERS = {"weights": {"kept": 1.0}, "kv": {"mode": "post", "kept": 0.25, "store": "tiers"}}
@@ -28,8 +29,9 @@ def served(dense: Any, prompts: Any, tmp_path_factory: Any) -> dict[str, Any]:
         for mode in MODES:
             name = f"{method}_{mode}"
             directories[name] = compress(model, root / name, **projected(mode, RANKS, 1.0))
-    tiers = f"{EVERYWHERE}_tiers"
-    directories[tiers] = compress(directories[EVERYWHERE], root / tiers, **TIERS)
+    for method in WITH_TIERS:
+        tiers = f"{method}_tiers"
+        directories[tiers] = compress(directories[method], root / tiers, **TIERS)
     cases = {
         name: {
             "model": str(path),
@@ -43,7 +45,8 @@ def served(dense: Any, prompts: Any, tmp_path_factory: Any) -> dict[str, Any]:
     results = run_engines(root, {name: cases[name] for name in METHODS})
     served = [name for name in METHODS if name == EVERYWHERE or "error" not in results[name]]
     projecting = [f"{n}_{mode}" for n in served for mode in MODES]
-    results |= run_engines(root, {name: cases[name] for name in [*projecting, tiers]})
+    projecting += [f"{n}_tiers" for n in served if n in WITH_TIERS]
+    results |= run_engines(root, {name: cases[name] for name in projecting})
     return {name: (result, directories[name]) for name, result in results.items()}
 
 
@@ -66,13 +69,14 @@ def test_the_projections_are_served(served, prompts, method):
     assert _times_the_tokens(served, method, result, directory) > 1.9
 
 
-def test_tiers_are_served_beside_quantised_weights(served, prompts):
+@pytest.mark.parametrize("method", WITH_TIERS)
+def test_tiers_are_served_beside_quantised_weights(served, prompts, method):
     """As above, with room for the codes that the noise flips."""
-    noise = rms(deviations(*_of(served, EVERYWHERE), prompts[:4]))
-    result, directory = _of(served, f"{EVERYWHERE}_tiers")
+    noise = rms(deviations(*_of(served, method), prompts[:4]))
+    result, directory = _of(served, f"{method}_tiers")
     assert rms(deviations(result, directory, prompts[:4])) <= 3 * noise
-    assert rms(deviations(result, served[EVERYWHERE][1], prompts[:4])) > 4 * noise
-    assert _times_the_tokens(served, EVERYWHERE, result, directory) > 3.9
+    assert rms(deviations(result, served[method][1], prompts[:4])) > 4 * noise
+    assert _times_the_tokens(served, method, result, directory) > 3.9
 
 
 def _times_the_tokens(served: dict[str, Any], method: str, result: Any, directory: Path) -> float:

@@ -33,7 +33,7 @@ def _without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-@pytest.mark.parametrize(("name", "replicas"), [("pre_half", 1), ("pre_tiers", 2)])
+@pytest.mark.parametrize(("name", "replicas"), [("pre_half", 1), ("pre_half", 2), ("pre_tiers", 2)])
 def test_completions_and_metrics(
     compressed, engines, prompts, tmp_path, monkeypatch, name, replicas
 ):
