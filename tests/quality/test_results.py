@@ -1,6 +1,7 @@
 """The published results say what the project says of them."""
 
 import json
+from math import log2
 from pathlib import Path
 from statistics import median
 
@@ -112,6 +113,17 @@ def test_bytes_by_measured_damage_beat_layers_that_are_cut_alike_in_domain():
 def test_tiers_hold_in_a_longer_context():
     found, _, ours, _ = tiers_of(RESULTS / AVX2 / "kv_tiers_1024" / "wiki-llama-s.json")
     assert found.context == 1024 and ours.keys() >= MOST.keys()
+
+
+def test_first_positions_held_exactly_gain_less_than_all_do_by_the_same_bytes():
+    _, _, ours, _ = tiers_of(RESULTS / AVX2 / "kv_tiers" / "wiki-llama-s.json")
+    found, *_ = tiers_of(RESULTS / AVX2 / "kv_sinks" / "wiki-llama-s.json")
+    exact = {p.kept: p for p in found.points if p.method.endswith("tiers measured exact 4")}
+    for kept in (0.125, 0.0625):
+        bytes_more = 1 + 4 / found.context * (1 / kept - 1)
+        for text in found.dense:
+            now, twice, held = (p.texts[text].kl for p in (ours[kept], ours[2 * kept], exact[kept]))
+            assert held > now * bytes_more ** -log2(now / twice)
 
 
 def test_tiers_were_measured_on_grouped_heads_and_on_heads_with_a_norm_each():
