@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from offline_compress.allocation import ALLOCATORS, Asks
+from offline_compress.allocation import ALLOCATORS, Asks, KVBudget
 from offline_compress.calibration import GRADIENTS, SHIFTED, Needs
 from offline_compress.methods import METHODS, Method, OfferingMethod
 from offline_compress.planning import accepts
@@ -51,6 +51,17 @@ def markdown() -> str:
             ),
             "",
             *(line for cls in ALLOCATORS.values() for line in _section(cls, "")),
+            "## K/V caches",
+            "",
+            "`kv` of a recipe, beside any method; equations in offline_compress/kv.",
+            "",
+            *_described(KVBudget),
+            "First and last layers are no special case: `measured` gives every layer what its own",
+            "probe asks for. Nor are attention sinks: all positions are stored alike, for on the",
+            "example model the first positions gain less by being exact than all gain by the same",
+            "bytes (benchmarks/results/amd-epyc-2-cores; `--kv-exact` of `python -m",
+            "benchmarks.offline quality` asks it of another model).",
+            "",
         ]
     )
 
@@ -91,6 +102,13 @@ def _section(cls: type[BaseModel], note: str) -> Iterator[str]:
     """What the class says of itself, and its options with their defaults."""
     yield f"### {cls.model_fields['name'].default}"
     yield ""
+    yield from _described(cls)
+    if note:
+        yield note
+        yield ""
+
+
+def _described(cls: type[BaseModel]) -> Iterator[str]:
     yield inspect.cleandoc(cls.__doc__ or "")
     yield ""
     options = {name: f for name, f in cls.model_fields.items() if name != "name"}
@@ -100,9 +118,6 @@ def _section(cls: type[BaseModel], note: str) -> Iterator[str]:
             for name, option in options.items()
         )
         yield f"Options: {', '.join(shown)}."
-        yield ""
-    if note:
-        yield note
         yield ""
 
 

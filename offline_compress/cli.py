@@ -121,10 +121,11 @@ def run(
 ) -> None:
     """Compress MODEL into OUT."""
     from offline_compress.calibration import process_group
+    from offline_compress.checkpoint import read_plan
     from offline_compress.pipeline import compress
     from offline_compress.preflight import prepare_run
     from offline_compress.recipe import load_valid
-    from offline_compress.report import result_table
+    from offline_compress.report import cache_table, result_table
     from offline_compress.workspace import forsaken
 
     cache = _cache_flags(kv_kept, kv_mode, kv_group, kv_store, kv_allocator)
@@ -147,7 +148,9 @@ def run(
                 "killed, or is used by one that is at work; remove it in the first case",
                 err=True,
             )
-        _print(result_table(measured))
+        made = read_plan(out)
+        tables = [cache_table(made)] if made.projected else []  # `plan` can only guess at some
+        _print(*tables, result_table(measured))
         use = f"vllm serve {out}"
         if wanted.weights.method.base_model is not None:
             use = f"to serve it, offline-compress restore {out} DENSE_DIR"

@@ -134,11 +134,8 @@ def plan(
             f"{made.totals.linear_kept:.3f} of the bytes, more than weights.kept"
         )
         made = made.model_copy(update={"warnings": (*made.warnings, too_much)})
-    totals, share = made.totals, recipe.kv.kept
-    kept = totals.kv_bytes_per_token / totals.kv_bytes_per_token_dense
-    if recipe.kv.store != "model" and share is not None and kept > share:
-        too_much = f"the least that the latents can take keeps {kept:.3f} of the cache's bytes"
-        made = made.model_copy(update={"warnings": (*made.warnings, f"{too_much}, not kv.kept")})
+    too_large = tuple(_too_large_caches(recipe, source, made))
+    made = made.model_copy(update={"warnings": (*made.warnings, *too_large)})
     # A delta of everything is the fine-tuned model itself.
     whole = recipe.weights.method.base_model is not None
     if not made.compressed and not made.projected and not whole:
@@ -245,6 +242,19 @@ def _too_few_tokens(recipe: CompressionRecipe, matrices: Mapping[str, MatrixPlan
             f"{tokens} calibration tokens are fewer than {_TOKENS_PER_CHANNEL} per input channel "
             f"of {named}; --samples {math.ceil(needed / calibration.context)} gives enough"
         )
+
+
+def _too_large_caches(recipe: CompressionRecipe, source: Source, made: RankPlan) -> Iterator[str]:
+    budget, size = recipe.kv, head_dim(source.config)
+    if any(layer.k_rank or layer.v_rank for layer in budget.layers.values()):
+        return  # as asked for
+    asked = sum(budget.sizes(size, source.item_bytes))
+    asked /= 2 * budget.group * size * source.item_bytes
+    kept = made.totals.kv_bytes_per_token / made.totals.kv_bytes_per_token_dense
+    if kept > asked:
+        nearest = budget.store == "model" and budget.allocator == "uniform"
+        what = "ranks of the nearest size keep" if nearest else "the least that latents take keeps"
+        yield f"{what} {kept:.3f} of the cache's bytes, more than the {asked:g} asked for"
 
 
 def _too_short_context(

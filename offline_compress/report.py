@@ -66,6 +66,21 @@ def plan_tables(plan: RankPlan) -> Iterator[Table | Text]:
             matrix.reason or "",
         )
     yield matrices
+    yield cache_table(plan)
+    totals = plan.totals
+    summary = Table("", "dense", "compressed", "kept")
+    for label, dense, compressed in (
+        ("bytes of linear layers", totals.linear_bytes_dense, totals.linear_bytes),
+        ("checkpoint bytes", totals.checkpoint_bytes_dense, totals.checkpoint_bytes),
+        ("KV bytes per token", totals.kv_bytes_per_token_dense, totals.kv_bytes_per_token),
+    ):
+        summary.add_row(label, f"{dense:,}", f"{compressed:,}", f"{compressed / dense:.3f}")
+    yield summary
+    yield _memory(plan)
+
+
+def cache_table(plan: RankPlan) -> Table:
+    """Ranks and stores of every cache."""
     caches = Table(
         *("attention", "mode", "KV heads a latent", "keys", "values"),
         *("KV bytes per token", "why dense"),
@@ -81,17 +96,7 @@ def plan_tables(plan: RankPlan) -> Iterator[Table | Text]:
             f"{cache.bytes(plan.item_bytes)} of {cache.dense_bytes(plan.item_bytes)}",
             cache.reason or "",
         )
-    yield caches
-    totals = plan.totals
-    summary = Table("", "dense", "compressed", "kept")
-    for label, dense, compressed in (
-        ("bytes of linear layers", totals.linear_bytes_dense, totals.linear_bytes),
-        ("checkpoint bytes", totals.checkpoint_bytes_dense, totals.checkpoint_bytes),
-        ("KV bytes per token", totals.kv_bytes_per_token_dense, totals.kv_bytes_per_token),
-    ):
-        summary.add_row(label, f"{dense:,}", f"{compressed:,}", f"{compressed / dense:.3f}")
-    yield summary
-    yield _memory(plan)
+    return caches
 
 
 def _memory(plan: RankPlan) -> Text:

@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks.machine import machine
 from benchmarks.offline import variants
 from benchmarks.offline.cache_bytes import cache_bytes
-from benchmarks.offline.caches import CacheGrid, quantised_point
+from benchmarks.offline.caches import CacheGrid, Wanted, quantised_point
 from benchmarks.offline.compare import Scored
 from benchmarks.offline.plots import plot
 from benchmarks.offline.points import Point, measure, recipe_of
@@ -50,6 +50,9 @@ def quality(
     kv_group: Annotated[list[int] | None, typer.Option(min=1, help="KV heads a latent")] = None,
     kv_store: Annotated[list[str] | None, typer.Option(help="model, int8, int4, tiers")] = None,
     kv_allocator: Annotated[list[str] | None, typer.Option(help="uniform, measured")] = None,
+    kv_exact: Annotated[
+        list[int] | None, typer.Option(min=0, help="first positions held as they are; 0: none")
+    ] = None,
     kv_quantised: Annotated[
         list[str] | None, typer.Option(help="a dense cache in int8, int4 or int2 as well")
     ] = None,
@@ -86,6 +89,7 @@ def quality(
                 kv_group or [1],
                 kv_store or ["model"],
                 kv_allocator or ["uniform"],
+                kv_exact or [0],
                 kv_quantised or [],
             ),
             samples,
@@ -118,15 +122,15 @@ def _quality(
     how = {"text": str(calibration), "samples": samples, "context": context}
     caches_only = method is None and bool(caches.modes or caches.quantised)
     wanted = [] if caches_only else list(variants.chosen(method, base).items())
-    recipes = [
-        (name, share, recipe_of(weights, share, **how))
+    points_wanted = [
+        Wanted(name, share, recipe_of(weights, share, **how))
         for share in kept
         for name, weights in wanted
     ]
-    recipes += caches.recipes(how)
+    points_wanted += caches.wanted(how)
     baselines = caches.baselines()
-    for _, _, recipe in recipes:  # before anything is loaded
-        parse(recipe, "the command line")
+    for each in points_wanted:  # before anything is loaded
+        parse(each.recipe, "the command line")
     names = _names(text)
     source = open_source(str(model))
     tokenizer = preflight.load_tokenizer(source.directory)
@@ -154,7 +158,7 @@ def _quality(
             quantised_point(store, model, dense, whole, source.item_bytes, texts, batch, progress)
             for store in baselines
         ]
-        for number, (name, share, recipe) in enumerate(recipes):
+        for number, (name, share, recipe, held) in enumerate(points_wanted):
             key = _key(name, share, [recipe, *facts])
             point = archive.load(key) if archive else None
             try:
@@ -171,6 +175,7 @@ def _quality(
                     batch,
                     progress,
                     base,
+                    held,
                 )
             except SvdError as error:  # the other points are worth having
                 failed.append(str(error))
@@ -178,7 +183,7 @@ def _quality(
                 points.append(point)
                 if archive:
                     archive.save(key, point)
-            progress("points", number + 1, len(recipes))
+            progress("points", number + 1, len(points_wanted))
     found = Quality(
         model=model.resolve().name,
         parameters=sum(parameter.numel() for parameter in dense.parameters()),

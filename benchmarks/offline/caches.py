@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -23,21 +23,38 @@ Recipe = dict[str, Any]
 _STORE: TypeAdapter[Store] = TypeAdapter(Store)
 
 
+class Wanted(NamedTuple):
+    """A point to measure: name, share of the dense bytes, recipe, and what CacheGrid.exact says."""
+
+    name: str
+    kept: float
+    recipe: Recipe
+    exact: int = 0
+
+
 @dataclass(frozen=True)
 class CacheGrid:
-    """Every combination of ours, and the bits of a dense cache that is only quantised."""
+    """Every combination of ours, and the bits of a dense cache that is only quantised.
+
+    `exact` first positions of each scored window are held as the dense model has them: what
+    attention sinks lose by being stored like other tokens. Their bytes are not counted.
+    """
 
     modes: Sequence[str]
     kept: Sequence[float]
     groups: Sequence[int]
     stores: Sequence[str]
     allocators: Sequence[str]
+    exact: Sequence[int]
     quantised: Sequence[str]
 
-    def recipes(self, how: dict[str, Any]) -> Iterator[tuple[str, float, Recipe]]:
-        """Name, share of the dense bytes and recipe; the weights stay dense."""
-        axes = self.modes, self.groups, self.stores, self.allocators, self.kept
-        for mode, group, store, allocator, kept in product(*axes):
+    def wanted(self, how: dict[str, Any]) -> Iterator[Wanted]:
+        """The weights stay dense. Raises RecipeError for exact positions of rotated keys."""
+        if any(self.exact) and "post" in self.modes:
+            problem = "--kv-exact: rotated keys (--kv-mode post) have no exact ones beside them"
+            raise RecipeError("the command line", [problem])
+        axes = self.modes, self.groups, self.stores, self.allocators, self.exact, self.kept
+        for mode, group, store, allocator, exact, kept in product(*axes):
             cache = {
                 "kept": kept,
                 "mode": mode,
@@ -46,7 +63,7 @@ class CacheGrid:
                 "allocator": allocator,
             }
             recipe = {"weights": {"kept": 1.0}, "kv": cache, "calibration": how}
-            yield self._name(mode, group, store, allocator), kept, recipe
+            yield Wanted(self._name(mode, group, store, allocator, exact), kept, recipe, exact)
 
     def baselines(self) -> list[Store]:
         """Raises RecipeError for a store that is not known."""
@@ -58,9 +75,9 @@ class CacheGrid:
             raise RecipeError("the command line", [problem]) from None
 
     @staticmethod
-    def _name(mode: str, group: int, store: str, allocator: str) -> str:
-        words = [f"kv {mode}", f"group {group}", store, allocator]
-        defaults = ["", "group 1", "model", "uniform"]
+    def _name(mode: str, group: int, store: str, allocator: str, exact: int) -> str:
+        words = [f"kv {mode}", f"group {group}", store, allocator, f"exact {exact}"]
+        defaults = ["", "group 1", "model", "uniform", "exact 0"]
         return " ".join(word for word, dense in zip(words, defaults, strict=True) if word != dense)
 
 

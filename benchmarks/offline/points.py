@@ -89,9 +89,11 @@ def measure(
     batch: int,
     progress: Progress,
     base: Path | None = None,
+    exact: int = 0,
 ) -> Point:
     """Compress `model`, verify and reload what was written, and score it on every text.
 
+    There the first `exact` positions of each window pass K/V projections as they are.
     Raises SvdError with the last line that the run said if it failed.
     """
     with tempfile.TemporaryDirectory() as directory:
@@ -116,6 +118,7 @@ def measure(
         reloaded = perplexity(
             compressed, corpus.held_out, corpus.calibration.shape[1], batch, corpus.bos
         ).perplexity
+        reference.hold_exactly(compressed, exact)
         errors = list(measured.matrices.values())
         unseen = [error.held_out for error in errors if error.held_out is not None]
         return Point(

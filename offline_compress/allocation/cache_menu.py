@@ -66,10 +66,10 @@ def menu(energies: torch.Tensor, store: CacheStore, step: int, item_bytes: int) 
 
     `energies` [channels], strongest first.
     """
-    cumulated = _cumulated(energies)
+    sums = _sums(energies)
     best: dict[int, Offer] = {}
     for latent in latents(len(energies), store, step):
-        lost = _lost(cumulated, latent)
+        lost = _lost(sums, latent)
         size = latent.bytes(item_bytes)
         if size not in best or lost < best[size].lost:
             best[size] = Offer(latent, size, lost)
@@ -82,19 +82,28 @@ def menu(energies: torch.Tensor, store: CacheStore, step: int, item_bytes: int) 
 
 def lost_energy(energies: torch.Tensor, rank: int, tiers: Sequence[Tier] = ()) -> float:
     """Of `energies` [channels]: those beyond the rank, and the noise of storing each tier."""
-    return _lost(_cumulated(energies), Latent(rank, tuple(tiers)))
+    return _lost(_sums(energies), Latent(rank, tuple(tiers)))
 
 
-def _cumulated(energies: torch.Tensor) -> list[float]:
-    return [0.0, *energies.double().cumsum(0).tolist()]
+class _Sums(NamedTuple):
+    """Of the first 0, 1, ... channels: their energies, and the square roots of them."""
+
+    energies: list[float]
+    roots: list[float]
 
 
-def _lost(cumulated: Sequence[float], latent: Latent) -> float:
-    lost, first = cumulated[-1] - cumulated[latent.rank], 0
+def _sums(energies: torch.Tensor) -> _Sums:
+    exact = energies.double()
+    return _Sums(*([0.0, *terms.cumsum(0).tolist()] for terms in (exact, exact.sqrt())))
+
+
+def _lost(sums: _Sums, latent: Latent) -> float:
+    """Channels share the noise of their tier as kv.basis.solve_tiers weights them."""
+    lost, first = sums.energies[-1] - sums.energies[latent.rank], 0
     for tier in latent.tiers:
         behind = first + tier.channels
-        kept = cumulated[behind] - cumulated[first]
-        lost += relative_noise(tier.store, tier.channels) * kept
+        level = (sums.roots[behind] - sums.roots[first]) / tier.channels
+        lost += relative_noise(tier.store, tier.channels) * tier.channels * level**2
         first = behind
     return lost
 

@@ -1,6 +1,6 @@
 """The compressed checkpoint directory: written, inspected, and turned dense again."""
 
-from offline_compress.checkpoint.inspect import Inspection, inspect
+from offline_compress.checkpoint.inspect import Inspection, inspect, read_plan
 from offline_compress.checkpoint.measurements import CacheError, MatrixError, Measurements
 from offline_compress.checkpoint.merge import merge
 from offline_compress.checkpoint.restore import Dropped, restore
@@ -19,6 +19,7 @@ __all__ = [
     "ensure_vacant",
     "inspect",
     "merge",
+    "read_plan",
     "restore",
     "write",
 ]

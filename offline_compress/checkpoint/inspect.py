@@ -35,9 +35,8 @@ def inspect(directory: Path) -> Inspection:
     config = verify(directory)
     model = reference.check(directory, config)
     shards = read_manifest(directory).shards
-    raw_plan = read_json(directory / "plan.json")
     try:
-        plan = RankPlan.parse(raw_plan)
+        plan = read_plan(directory)
         measured = Measurements.model_validate(read_json(directory / MEASUREMENTS_FILE))
     except ValidationError as error:
         problems = [
@@ -54,6 +53,11 @@ def inspect(directory: Path) -> Inspection:
         len(shards),
         sum(record.bytes for record in shards.values()),
     )
+
+
+def read_plan(directory: Path) -> RankPlan:
+    """plan.json as it was written, unverified; raises pydantic's ValidationError."""
+    return RankPlan.parse(read_json(directory / "plan.json"))
 
 
 def _as_stored(

@@ -64,21 +64,24 @@ def solve_tiers(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(up [d, r], down [r, d]) in fp64 of a latent whose channels are stored in `tiers`.
 
-    The coordinates are orthonormal under M and uncorrelated, strongest first, so that noise costs
-    the same along each, and tiers meet channels of like energy. M is held at a floor, higher than
-    that of `solve`, whose space would otherwise be the same. Every tier is rotated (rotation.py)
-    and scaled to unit mean square. `down` is rounded to `dtype` before `up` regresses on it: what
-    rounding does to a latent is not lost. Raises SvdError like `solve`.
+    The coordinates are orthonormal under M and uncorrelated, strongest first, so that tiers meet
+    channels of like energy. M is held at a floor, higher than that of `solve`, whose space would
+    otherwise be the same. Every tier is rotated (rotation.py), which levels the noise of its one
+    scale: with channels i of energy l_i weighted by w_i before, the noise of the tier is in
+    proportion to mean(w_i^2 l_i) sum(1 / w_i^2), by Cauchy and Schwarz least at w_i = l_i^(-1/4).
+    Each tier has a mean square of one. `down` is rounded to `dtype` before `up` regresses on it:
+    what rounding does to a latent is not lost. Raises SvdError like `solve`.
     """
     metric, second_moment = _symmetric(metric, "metric"), _symmetric(second_moment, "second moment")
     values, down = _principal(metric, second_moment)
+    # What rounding leaves in channels that hold nothing is not scaled up without bound.
+    floor = float(_LEAST_ENERGY * values[0])
+    roots = values.clamp_min(floor).sqrt() if floor > 0 else torch.ones_like(values)
     rows, first = [], 0
     for tier in tiers:
         mine = slice(first, first + tier.channels)
-        # What rounding leaves in channels that hold nothing is not scaled up without bound.
-        energy = torch.maximum(values[mine].mean(), _LEAST_ENERGY * values[0])
-        rotated = rotation(tier.channels).to(down) @ down[mine]
-        rows.append(rotated / energy.sqrt() if energy > 0 else rotated)
+        weights = (roots[mine] * roots[mine].mean()).rsqrt()
+        rows.append(rotation(tier.channels).to(down) @ (weights[:, None] * down[mine]))
         first += tier.channels
     latent = torch.cat(rows).to(dtype).double()
     identity = torch.eye(len(metric), dtype=torch.float64)

@@ -31,8 +31,11 @@ class LatentKV(nn.Module):
 
     The cache of a server holds `down @ k` and `down @ v`, in as many bits as its tiers say; here
     both are expanded at once, which is the same function of the hidden states (the value's
-    expansion is linear, so it commutes with the attention weights).
+    expansion is linear, so it commutes with the attention weights). The first `exact` positions of
+    every sequence pass as they are: not what a server does, but what its sinks would gain by it.
     """
+
+    exact = 0
 
     def __init__(self, bases: KVBases) -> None:
         super().__init__()
@@ -43,11 +46,14 @@ class LatentKV(nn.Module):
 
     def pass_key(self, _module: nn.Module, _inputs: Any, key: torch.Tensor) -> torch.Tensor:
         """Forward hook: the key before RoPE, through its latent."""
-        return _through(key, self.k_down, self.k_up, self.k_tiers)
+        return self._mixed(key, _through(key, self.k_down, self.k_up, self.k_tiers))
 
     def pass_value(self, _module: nn.Module, _inputs: Any, value: torch.Tensor) -> torch.Tensor:
         """Forward hook: the value, through its latent."""
-        return _through(value, self.v_down, self.v_up, self.v_tiers)
+        return self._mixed(value, _through(value, self.v_down, self.v_up, self.v_tiers))
+
+    def _mixed(self, x: torch.Tensor, through: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:, : self.exact], through[:, self.exact :]], 1)
 
     def latent_query_key(
         self, query: torch.Tensor, key: torch.Tensor
@@ -75,6 +81,15 @@ def install_kv(layer: nn.Module, family: Family, path: str, bases: KVBases) -> N
             f"{path}: K/V projections are already installed\nRemedy: start from the dense model"
         )
     _attach(layer, family, path, bases, ("key", "value"))
+
+
+def hold_exactly(model: nn.Module, positions: int) -> None:
+    """Let so many first positions pass every installed projection; all of them must be `pre`."""
+    for module in model.modules():
+        if isinstance(module, LatentKV):
+            if module.post:
+                raise ValueError("rotated queries and keys meet in the latent's channels alone")
+            module.exact = positions
 
 
 @contextmanager

@@ -21,13 +21,13 @@ def measured(tmp_path_factory):
     """What a recipe was measured to lose, and the bytes it took, each recipe compressed once."""
     found = {}
 
-    def measured(method, kept, kv_kept=None, kv_mode="pre", group=1, allocator=None):
-        key = (method, kept, kv_kept, kv_mode, group, allocator)
+    def measured(method, kept, allocator=None, cache=None):
+        key = (method, kept, allocator, str(cache))
         if key not in found:
             recipe = parse(
                 {
                     "weights": {"method": method, "kept": kept, "allocator": allocator},
-                    "kv": {"kept": kv_kept, "mode": kv_mode, "group": group},
+                    "kv": cache or {"kept": None},
                     "calibration": {"text": str(TEXT), "samples": 32},
                     "evaluation": {"samples": 16},
                 },
@@ -59,7 +59,9 @@ def test_ranks_by_loss_beat_uniform_ones_in_no_more_bytes(measured, method, allo
 
 
 def test_heads_that_share_a_latent_lose_less_in_the_same_bytes(measured):
-    alone, shared = (measured("svd_llm", 1.0, kv_kept=0.25, group=group) for group in (1, 2))
+    alone, shared = (
+        measured("svd_llm", 1.0, cache={"kept": 0.25, "group": group}) for group in (1, 2)
+    )
     totals = [found.plan.totals.kv_bytes_per_token for found in (alone, shared)]
     assert totals == [DENSE_KV // 4] * 2
     assert shared.measured.kl_to_dense < alone.measured.kl_to_dense / 2
@@ -76,8 +78,19 @@ def test_auto_beats_low_rank_and_codebooks_in_no_more_bytes(measured):
 
 def test_half_of_the_kv_channels_before_rope(measured):
     """At most 0.2 % of perplexity, and less than the same channels after RoPE cost."""
-    pre, post = (measured("svd_llm", 1.0, 0.5, mode) for mode in ("pre", "post"))
+    caches = [{"kept": 0.5, "mode": mode} for mode in ("pre", "post")]
+    pre, post = (measured("svd_llm", 1.0, cache=cache) for cache in caches)
     before, after = pre.measured, post.measured
     assert before.perplexity <= 1.002 * before.perplexity_dense
     assert before.kl_to_dense < after.kl_to_dense
     assert pre.plan.totals.kv_bytes_per_token == DENSE_KV // 2
+
+
+@pytest.mark.parametrize(("kept", "most"), [(0.125, 0.01), (0.0625, 0.04)])
+def test_tiers_at_an_eighth_and_a_sixteenth_of_the_bytes(measured, kept, most):
+    """Of perplexity; the latter is one bit for each dense channel."""
+    cache = {"kept": kept, "group": 2, "store": "tiers", "allocator": "measured"}
+    found = measured("svd_llm", 1.0, cache=cache)
+    assert found.plan.totals.kv_bytes_per_token <= kept * DENSE_KV
+    scored = found.measured
+    assert scored.perplexity <= (1 + most) * scored.perplexity_dense

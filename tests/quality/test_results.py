@@ -1,6 +1,7 @@
 """The published results say what the project says of them."""
 
 import json
+from math import log2
 from pathlib import Path
 from statistics import median
 
@@ -63,15 +64,26 @@ def test_every_checkpoint_gave_what_its_run_measured(found):
         assert point.perplexity_reloaded == pytest.approx(point.perplexity_run, rel=5e-3)
 
 
-TIERS = sorted(RESULTS.glob("*/kv_tiers/*.json"))
+AVX2, AVX512 = "amd-epyc-2-cores", "amd-epyc-avx512-2-cores"
+
+TIERS = sorted(RESULTS.glob("*/kv_tiers*/*.json"))
 MOST = {0.25: 0.002, 0.125: 0.01, 0.0625: 0.04}  # of perplexity, at shares of the cache's bytes
 
 
-@pytest.mark.parametrize("path", TIERS, ids=lambda path: path.stem)
-def test_tiers_keep_what_they_promise_and_beat_caches_that_are_only_quantised(path):
+def tiers_of(path):
+    """The dense model, and points of `tiers`, of those measured, and of dense caches quantised."""
     found = Quality.model_validate_json(path.read_text())
-    ours = {p.kept: p for p in found.points if p.method.endswith("tiers measured")}
+    uniform, ours = (
+        {p.kept: p for p in found.points if p.method == f"kv pre group 2 tiers{allocator}"}
+        for allocator in ("", " measured")
+    )
     dense = {p.method.split()[1]: p for p in found.points if p.method.startswith("quantised")}
+    return found, uniform, ours, dense
+
+
+@pytest.mark.parametrize("path", TIERS, ids=lambda path: f"{path.parent.stem}/{path.stem}")
+def test_tiers_keep_what_they_promise_and_beat_caches_that_are_only_quantised(path):
+    found, _, ours, dense = tiers_of(path)
     whole = round(dense["int8"].kv_bytes_per_token / dense["int8"].kept)
     for kept, most in MOST.items():
         assert ours[kept].kv_bytes_per_token <= kept * whole
@@ -81,16 +93,43 @@ def test_tiers_keep_what_they_promise_and_beat_caches_that_are_only_quantised(pa
         for kept, bits in ((0.25, "int4"), (0.125, "int2")):
             assert ours[kept].kv_bytes_per_token < dense[bits].kv_bytes_per_token
             assert ours[kept].texts[text].kl < dense[bits].texts[text].kl / 10
+            assert ours[kept].texts[text].perplexity < dense[bits].texts[text].perplexity
         assert ours[0.125].texts[text].kl < dense["int4"].texts[text].kl
+
+
+def test_half_of_the_bytes_are_nearer_to_dense_than_int8():
+    found, _, ours, dense = tiers_of(RESULTS / AVX2 / "kv_tiers" / "wiki-llama-s.json")
+    assert ours[0.5].kv_bytes_per_token < dense["int8"].kv_bytes_per_token
+    for text in found.dense:
+        assert ours[0.5].texts[text].kl < dense["int8"].texts[text].kl / 1.5
+
+
+def test_bytes_by_measured_damage_beat_layers_that_are_cut_alike_in_domain():
+    _, uniform, ours, _ = tiers_of(RESULTS / AVX2 / "kv_tiers" / "wiki-llama-s.json")
+    for kept in MOST:
+        assert ours[kept].texts[IN_DOMAIN].kl < uniform[kept].texts[IN_DOMAIN].kl / 1.5
+
+
+def test_tiers_hold_in_a_longer_context():
+    found, _, ours, _ = tiers_of(RESULTS / AVX2 / "kv_tiers_1024" / "wiki-llama-s.json")
+    assert found.context == 1024 and ours.keys() >= MOST.keys()
+
+
+def test_first_positions_held_exactly_gain_less_than_all_do_by_the_same_bytes():
+    _, _, ours, _ = tiers_of(RESULTS / AVX2 / "kv_tiers" / "wiki-llama-s.json")
+    found, *_ = tiers_of(RESULTS / AVX2 / "kv_sinks" / "wiki-llama-s.json")
+    exact = {p.kept: p for p in found.points if p.method.endswith("tiers measured exact 4")}
+    for kept in (0.125, 0.0625):
+        bytes_more = 1 + 4 / found.context * (1 / kept - 1)
+        for text in found.dense:
+            now, twice, held = (p.texts[text].kl for p in (ours[kept], ours[2 * kept], exact[kept]))
+            assert held > now * bytes_more ** -log2(now / twice)
 
 
 def test_tiers_were_measured_on_grouped_heads_and_on_heads_with_a_norm_each():
     assert {path.stem for path in TIERS} >= {"wiki-llama-s", "wiki-qwen3-mha"}
     for path in TIERS:
         assert len(list(path.parent.glob(f"{path.stem}-kv-*.png"))) == 2
-
-
-AVX2, AVX512 = "amd-epyc-2-cores", "amd-epyc-avx512-2-cores"
 
 
 @pytest.mark.parametrize(

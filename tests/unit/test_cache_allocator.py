@@ -50,8 +50,8 @@ def test_lost_energy_is_what_is_dropped_and_the_noise_of_what_is_kept():
     energy = falling(8)
     tiers = (Tier(channels=4, store="int8"), Tier(channels=8, store="int2"))
     expected = float(energy[12:].sum())
-    expected += relative_noise("int8", 4) * float(energy[:4].sum())
-    expected += relative_noise("int2", 8) * float(energy[4:12].sum())
+    expected += relative_noise("int8", 4) * 4 * float(energy[:4].sqrt().mean() ** 2)
+    expected += relative_noise("int2", 8) * 8 * float(energy[4:12].sqrt().mean() ** 2)
     assert lost_energy(energy, 12, tiers) == pytest.approx(expected)
     assert lost_energy(energy, CHANNELS) == 0
 

@@ -64,6 +64,22 @@ def test_run_inspect_evaluate_and_restore(invoke, model, recipe, short_text, tmp
     assert invoke("evaluate", dense, "--text", short_text, "--context", "64")[0] == 0
 
 
+def test_run_prints_the_caches_that_were_decided_by_measuring(
+    invoke, model, recipe, short_text, tmp_path
+):
+    options = ["--recipe", recipe, "--text", short_text, "--kv-only", "--device", "cpu"]
+    options += ["--kv-kept", "0.15", "--kv-store", "tiers", "--kv-allocator", "measured"]
+    code, planned, _ = invoke("plan", model, *options)
+    assert code == 0 and "geometric spectrum" in planned
+    code, output, _ = invoke("run", model, tmp_path / "out", *options)
+    assert code == 0
+    _, inspected, _ = invoke("inspect", tmp_path / "out")
+    shown = [row for row in output.splitlines() if "self_attn" in row]
+    assert len(shown) == 2 and all("int4" in row for row in shown)
+    assert set(shown) <= set(inspected.splitlines())
+    assert not set(shown) <= set(planned.splitlines())
+
+
 def test_plan_reads_headers_only(invoke, model, tmp_path):
     # the header stays, every weight is gone
     shard = model / "model.safetensors"

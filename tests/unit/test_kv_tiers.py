@@ -39,6 +39,11 @@ def test_rotations_are_orthogonal_and_level_energies(channels):
         assert levelled.max() < 2 * falling.mean()
 
 
+def level(part):
+    """Of a tier whose channels have these energies: what the noise of each costs."""
+    return float(part.sqrt().mean() ** 2)
+
+
 @given(seed=seeds)
 def test_a_latent_has_unit_energy_and_its_noise_one_price_within_a_tier(seed):
     metric, second_moment = psd(seed, SIZE), psd(seed + 1, SIZE)
@@ -48,10 +53,24 @@ def test_a_latent_has_unit_energy_and_its_noise_one_price_within_a_tier(seed):
     values = spectrum(metric, second_moment)
     first = 0
     for tier, price in zip(TIERS, of(TIERS, up.mT @ metric @ up), strict=True):
-        mean = values[first : first + tier.channels].mean()
-        expected = mean * torch.eye(tier.channels, dtype=torch.float64)
-        assert torch.allclose(price, expected, rtol=1e-6, atol=1e-6 * float(mean))
+        expected = level(values[first : first + tier.channels])
+        assert torch.allclose(price.diagonal(), torch.full_like(price.diagonal(), expected))
         first += tier.channels
+
+
+@given(seed=seeds)
+def test_no_other_coordinates_of_a_latent_have_less_noise(seed):
+    """A step either way: whatever is mixed within a tier, the noise has one scale."""
+    metric, second_moment = psd(seed, SIZE), psd(seed + 1, SIZE)
+    up, down = solve_tiers(metric, second_moment, TIERS)
+    best = weighted_error(metric, second_moment, up, down, TIERS)
+    generator = torch.Generator().manual_seed(seed)
+    step = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    step = torch.block_diag(*of(TIERS, step))
+    for size in (-0.01, 0.01):
+        mixed = torch.eye(12, dtype=torch.float64) + size * step
+        other = up @ torch.linalg.inv(mixed), mixed @ down
+        assert best <= weighted_error(metric, second_moment, *other, TIERS) * (1 + 1e-9)
 
 
 @given(seed=seeds)
@@ -122,7 +141,7 @@ def test_a_layer_in_tiers():
     key, value = channel_energies(found)
     assert key.shape == (16,) and bool((key[:-1] >= key[1:]).all())
     noise = sum(
-        relative_noise(tier.store, tier.channels) * float(part.sum())
+        relative_noise(tier.store, tier.channels) * tier.channels * level(part)
         for tier, part in zip(TIERS, (key[:4], key[4:12]), strict=True)
     )
     assert k_error == pytest.approx((noise + float(key[12:].sum())) / float(key.sum()), rel=0.02)

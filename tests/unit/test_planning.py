@@ -9,9 +9,11 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from offline_compress import cache_evidence, evidence, pipeline, recovery, sweep
+from offline_compress.allocation import CacheEvidence
 from offline_compress.calibration import HiddenStates, Network
 from offline_compress.calibration.gates import GatedModel
 from offline_compress.checkpoint import inspect
@@ -319,17 +321,35 @@ def test_the_tables_show_every_artefact_its_cost_and_the_warnings(source):
     assert f"warning: {made.warnings[0]}" in str(memory).splitlines()
 
 
-def test_a_cache_budget_that_cannot_be_kept_is_warned_of(source):
-    (said,) = [
-        warning
-        for warning in plan(recipe_of(kv={"kept": 0.001, "store": "int8"}), source).warnings
-        if "cache" in warning
-    ]
-    assert (
-        said == "the least that the latents can take keeps 0.070 of the cache's bytes, not kv.kept"
-    )
-    enough = plan(recipe_of(kv={"kept": 0.25, "store": "int8"}), source).warnings
-    assert not any("cache's bytes" in warning for warning in enough)
+@pytest.mark.parametrize(
+    ("cache", "said"),
+    [
+        ({"store": "int8", "kept": 0.001}, "the least that latents take keeps 0.070"),
+        ({"store": "int8", "kept": 0.25}, None),
+        ({"store": "int8", "kept": 0.001, "k_kept": 0.25, "v_kept": 0.25}, None),
+        ({"kept": 0.4}, "ranks of the nearest size keep 0.500"),
+        ({"kept": 0.5}, None),
+        ({"kept": None, "k_kept": 0.5}, None),
+        ({"kept": 0.001, "allocator": "measured"}, "the least that latents take keeps 0.250"),
+        ({"kept": 0.4, "layers": {0: {"k_rank": 16}}}, None),
+    ],
+)
+def test_a_cache_budget_that_cannot_be_kept_is_warned_of(source, cache, said):
+    warnings = plan(recipe_of(kv=cache), source).warnings
+    found = [warning for warning in warnings if "cache's bytes" in warning]
+    assert len(found) == (said is not None)
+    if said is not None:
+        assert found[0].startswith(said) and found[0].endswith(f"the {cache['kept']} asked for")
+
+
+@pytest.mark.parametrize("cache", [{"store": "tiers"}, {"allocator": "measured"}])
+def test_sizes_of_caches_that_wait_for_a_measurement_are_said_to_be_a_guess(source, cache):
+    recipe = recipe_of(kv={"kept": 0.5} | cache)
+    assert any("geometric spectrum" in warning for warning in plan(recipe, source).warnings)
+    channels = torch.ones(16, dtype=torch.float64)
+    seen = CacheEvidence([(channels, channels)] * 2, [(1.0, 1.0)] * 2)
+    known = plan(recipe, source, measured=seen).warnings
+    assert not any("geometric spectrum" in warning for warning in known)
 
 
 @pytest.mark.parametrize("cache", [{"store": "int4"}, {"allocator": "measured"}])

@@ -40,7 +40,8 @@ def laboratory(tiny_checkpoint, short_text, tmp_path_factory):
     arguments = [
         *("quality", tiny_checkpoint("llama"), "--calibration", short_text, "--text", short_text),
         *("--samples", "8", "--context", "64", "--method", "asvd", "--kept", "0.5"),
-        *("--kv-mode", "post", "--kv-kept", "0.5", "--windows", "5", "--out", out),
+        *("--kv-mode", "pre", "--kv-kept", "0.25", "--kv-exact", "0", "--kv-exact", "64"),
+        *("--windows", "5", "--out", out),
     ]
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
@@ -53,12 +54,15 @@ def test_points_tables_and_plots_are_written(laboratory):
     found = Quality.model_validate_json(path.read_text())
     assert [(point.method, point.kept) for point in found.points] == [
         ("asvd", 0.5),
-        ("kv post", 0.5),
+        ("kv pre", 0.25),
+        ("kv pre exact 64", 0.25),
     ]
-    weights, cache = found.points
+    weights, cache, exact = found.points
     assert weights.checkpoint_bytes < found.checkpoint_bytes
-    assert weights.kv_bytes_per_token == 2 * cache.kv_bytes_per_token
-    for point in found.points:
+    assert weights.kv_bytes_per_token == 4 * cache.kv_bytes_per_token
+    assert exact.perplexity_reloaded == cache.perplexity_reloaded
+    assert all(text.kl == 0 for text in exact.texts.values())  # the whole window
+    for point in (weights, cache):
         assert point.perplexity_reloaded == pytest.approx(point.perplexity_run, rel=5e-3)
         assert point.seconds > 0
         assert point.peak_bytes > 1 << 20
@@ -133,7 +137,8 @@ def test_every_unknown_name_is_refused_with_the_known_ones(tiny_checkpoint, shor
     assert len(caught.value.problems) == 2
     assert "gptvq 4d" in str(caught.value)
     common = [tiny_checkpoint("llama"), "--calibration", short_text, "--text", short_text]
-    for wrong in (("--method", "magic"), ("--method", "svd", "--kept", "2")):
+    rotated = ("--kv-mode", "post", "--kv-exact", "4")
+    for wrong in (("--method", "magic"), ("--method", "svd", "--kept", "2"), rotated):
         refused = run("quality", *common, *wrong)
         assert refused.returncode == 1
         assert refused.stderr.count("error: ") == 1

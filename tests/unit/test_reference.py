@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from offline_compress.factors import ARTEFACTS, LowRankFactors
 from offline_compress.families import family_of, head_dim, layer_paths
 from offline_compress.kv import KVBases
-from offline_compress.reference import CompressedLinear, install_factors
+from offline_compress.reference import CompressedLinear, hold_exactly, install_factors
 from offline_compress.reference import install_kv as install_on_layer
 from vllm_svd.errors import SvdError
 from vllm_svd.format import KVProjection
@@ -35,6 +35,22 @@ def test_full_rank_projections_change_nothing(dense, statistics, modes):
         bases = bases_for(dense, statistics, mode, size, size, path)
         install_kv(model, path, bases)
     assert_same_logits(logits(model), logits(dense))
+
+
+def test_first_positions_can_be_held_exactly(dense, statistics):
+    model = copy.deepcopy(dense)
+    install_kv(model, ATTENTION, bases_for(dense, statistics, "pre", 4, 4))
+    hold_exactly(model, 3)
+    found, expected = logits(model), logits(dense)
+    assert torch.equal(found[:, :3], expected[:, :3])
+    assert not torch.isclose(found[:, 3:], expected[:, 3:]).all(-1).any()
+
+
+def test_rotated_keys_have_no_exact_ones_beside_them(dense, statistics):
+    model = copy.deepcopy(dense)
+    install_kv(model, ATTENTION, bases_for(dense, statistics, "post", 4, 4))
+    with pytest.raises(ValueError, match="rotated"):
+        hold_exactly(model, 3)
 
 
 def windows_of(model):
