@@ -1,4 +1,4 @@
-"""What is timed: models' attention geometries, and caches of one decode step."""
+"""What is timed: models' attention geometries, and one step over their caches, decode or prompt."""
 
 from dataclasses import dataclass
 

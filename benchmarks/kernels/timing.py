@@ -41,7 +41,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def read_bandwidth(device: torch.device) -> float:
+def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second that this machine copies, those read and those written both counted."""
     source = torch.ones(_COPIED // 4, device=device)
     target = torch.empty_like(source)
@@ -49,9 +49,21 @@ def read_bandwidth(device: torch.device) -> float:
     return 2 * _COPIED / median(times)
 
 
-def matrix_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a matrix product."""
-    size = 8192 if device.type == "cuda" else 1024
+def matrix_speeds(device: torch.device) -> dict[str, float]:
+    """Operations per second of a matrix product, by dtype.
+
+    Kernels on a CPU multiply in fp32, and in bf16 where there are units for it, and only there is
+    torch's product in bf16 the faster one. On a GPU they multiply in the model's dtype.
+    """
+    if device.type == "cuda":
+        return {"bfloat16": _matrix_speed(device, torch.bfloat16, 8192)}
+    return {
+        "float32": _matrix_speed(device, torch.float32, 1024),
+        "bfloat16": _matrix_speed(device, torch.bfloat16, 1024),
+    }
+
+
+def _matrix_speed(device: torch.device, dtype: torch.dtype, size: int) -> float:
     left = torch.ones(size, size, device=device, dtype=dtype)
     times = [_seconds(lambda: left @ left, device, 3) for _ in range(5)]
     return float(2 * size**3 / min(times))

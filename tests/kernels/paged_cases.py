@@ -88,7 +88,8 @@ def build(
         slots = layout.write(slots[..., :k_rank], slots[..., k_rank:])
         cache[mine[at // block].long(), :, at % block] = slots
     tokens = [query for query, _ in lengths]
-    angles = torch.arange(8200)[:, None] / 10000 ** (torch.arange(0, rotary_dim, 2) / rotary_dim)
+    positions = torch.arange(max(length for _, length in lengths))
+    angles = positions[:, None] / 10000 ** (torch.arange(0, rotary_dim, 2) / rotary_dim)
     table_of_rope = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device, dtype)
     k_up, v_up = (
         torch.randn(kv_heads, d, rank, generator=g).div(rank**0.5).to(device, dtype)

@@ -153,21 +153,25 @@ def test_any_batch(seed):
     r = random.Random(seed)
     contexts = [r.choice([r.randint(1, 20), r.randint(1, 700)]) for _ in range(r.randint(1, 64))]
     lengths = [(min(length, r.randint(1, 8)), length) for length in contexts]
-    check(
-        build(
-            lengths,
-            mode=r.choice(["pre", "post"]),
-            kv_heads=4,
-            shared=1,
-            group=r.randint(1, 5),
-            k_rank=r.randint(1, 32),
-            v_rank=r.randint(1, 32),
-            window=r.choice([None, r.randint(1, 300)]),
-            block=r.choice([8, 16, 32, 128]),
-            neox=r.random() < 0.5,
-            seed=seed,
-        )
-    )
+    shape = {
+        "mode": r.choice(["pre", "post"]),
+        "kv_heads": 4,
+        "shared": r.choice([1, 2, 4]),
+        "group": r.randint(1, 5),
+        "d": (d := r.choice([32, 64, 80, 96, 128, 256])),
+        "k_rank": r.randint(1, 32),
+        "v_rank": r.randint(1, 32),
+        "rotary_dim": r.choice([None, 2 * r.randint(1, d // 2)]),
+        "neox": r.random() < 0.5,
+        "dtype": r.choice([torch.float32, torch.bfloat16, torch.float16]),
+        "tiers": r.choice([None, INT8_4_2, FP8, INT4, WHOLE]),
+        "projects": r.random() < 0.5,
+        "window": r.choice([None, r.randint(1, 300)]),
+        "block": r.choice([8, 16, 32, 128]),
+    }
+    # Of one short request the luck of a few roundings would decide.
+    draws = 12 if len(lengths) < 6 else 1
+    check(*(build(lengths, **shape, seed=seed + more) for more in range(draws)))
 
 
 @pytest.mark.parametrize("mode", ["pre", "post"])

@@ -1,47 +1,17 @@
 """CPU and Triton kernels against the fp64 reference, over random ragged paged batches."""
 
-import functools
-
-import paged_cases
 import pytest
 import torch
+from every_kernel import KERNELS, ON_CPU, THREE, build, check, half, heads, settings_of, sides
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_cases import DEVICE, Case, Tiers
 
-from vllm_svd.kernels import native
 from vllm_svd.kernels.latent_attention import compiled, cpu, reference, split_triton, triton
 from vllm_svd.kernels.paged_batch import PagedBatch
 
-ON_CPU = [cpu, compiled] if native.is_there() else [cpu]
-KERNELS = [triton] if DEVICE == "cuda" else [*ON_CPU, triton]
-
-build = functools.partial(paged_cases.build, device=DEVICE)
-
-
-def check(kernel, *cases: Case) -> None:
-    def run(case: Case) -> torch.Tensor:
-        output = torch.full(case.shape, torch.nan, dtype=case.query.dtype, device=DEVICE)
-        kernel.attend(case.query, case.cache, case.batch, output, **settings_of(kernel, case))
-        return output
-
-    # Triton multiplies rebuilt keys and weights in the tensors' dtype, as tensor cores must.
-    paged_cases.check(
-        run, *cases, plain=cases[0].query.dtype if kernel is triton else torch.float32
-    )
-
-
-def settings_of(kernel, case: Case) -> dict:
-    """On a GPU the layer projects outputs."""
-    settings = dict(case.settings)
-    if kernel is triton:
-        assert settings.pop("v_up") is None
-    return settings
-
-
 RAGGED = [(1, 1), (1, 40), (7, 7), (20, 53), (1, 33), (5, 48)]
 
-THREE = ((8, "int8"), (16, "int4"), (8, "int2"))
 TIERS: list[tuple[Tiers, Tiers]] = [
     (((16, "int8"),), ((24, "int8"),)),
     (((40, "fp8_e4m3"),), ((4, "fp8_e4m3"),)),
@@ -90,9 +60,7 @@ def test_shapes_and_rotary_styles(kernel, shape):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("mode", ["pre", "post"])
 def test_half_precision(kernel, mode):
-    # Triton's interpreter multiplies the bit patterns of bf16, which numpy lacks; fp16 is sound.
-    dtype = torch.float16 if kernel is triton and DEVICE == "cpu" else torch.bfloat16
-    check(kernel, build(RAGGED, mode=mode, dtype=dtype))
+    check(kernel, build(RAGGED, mode=mode, dtype=half(kernel)))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -124,9 +92,8 @@ def test_tiers_in_other_shapes(kernel, shape):
 @pytest.mark.parametrize(("lengths", "magnitude"), [(RAGGED, 1.0), ([(1, 300)], 2.0**-6)])
 def test_tiers_in_half_precision(kernel, mode, lengths, magnitude):
     """The smaller magnitude needs scales that are subnormal in fp16."""
-    dtype = torch.float16 if kernel is triton and DEVICE == "cpu" else torch.bfloat16
     both = (THREE, ((20, "fp8_e4m3"), (4, "int4")))
-    check(kernel, build(lengths, mode=mode, tiers=both, magnitude=magnitude, dtype=dtype))
+    check(kernel, build(lengths, mode=mode, tiers=both, magnitude=magnitude, dtype=half(kernel)))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -152,43 +119,34 @@ def test_scores_far_above_their_soft_cap_are_the_cap(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("mode", ["pre", "post"])
 def test_soft_caps_in_half_precision(kernel, mode):
-    dtype = torch.float16 if kernel is triton and DEVICE == "cpu" else torch.bfloat16
-    check(kernel, build(RAGGED, mode=mode, soft_cap=2.0, magnitude=8.0, dtype=dtype))
-
-
-def sides() -> st.SearchStrategy[Tiers]:
-    """Any tiers of one side: fewer bits from one to the next."""
-    stores = st.tuples(
-        st.sampled_from([None, "fp8_e4m3", "int8"]),
-        st.sampled_from([None, "int4"]),
-        st.sampled_from([None, "int2"]),
-    ).map(lambda chosen: [store for store in chosen if store])
-    return stores.filter(len).flatmap(
-        lambda some: st.tuples(
-            *(st.tuples(st.integers(1, 6).map(lambda n: 4 * n), st.just(store)) for store in some)
-        )
-    )
+    check(kernel, build(RAGGED, mode=mode, soft_cap=2.0, magnitude=8.0, dtype=half(kernel)))
 
 
 @given(
     lengths=st.lists(
-        st.integers(1, 70).flatmap(lambda n: st.tuples(st.integers(1, n), st.just(n))),
+        st.integers(1, 70).flatmap(lambda n: st.tuples(st.integers(1, min(n, 9)), st.just(n))),
         min_size=1,
         max_size=5,
     ),
     mode=st.sampled_from(["pre", "post"]),
+    head=heads(),
+    group=st.integers(1, 3),
     ranks=st.tuples(st.integers(1, 32), st.integers(1, 32)),
     tiers=st.one_of(st.none(), st.tuples(sides(), sides())),
     shared=st.sampled_from([1, 2]),
     window=st.one_of(st.none(), st.integers(1, 80)),
     cap=st.one_of(st.none(), st.floats(0.1, 50.0)),
+    halved=st.booleans(),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=10, deadline=None)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_any_batch(kernel, lengths, mode, ranks, tiers, shared, window, cap, seed):
-    shape = {"mode": mode, "k_rank": ranks[0], "v_rank": ranks[1], "window": window}
-    shape |= {"shared": shared, "tiers": tiers, "soft_cap": cap}
+def test_any_batch(
+    kernel, lengths, mode, head, group, ranks, tiers, shared, window, cap, halved, seed
+):
+    shape = {"mode": mode, "k_rank": ranks[0], "v_rank": ranks[1], "window": window, **head}
+    shape |= {"shared": shared, "group": group, "tiers": tiers, "soft_cap": cap}
+    shape |= {"dtype": half(kernel) if halved else torch.float32}
     check(kernel, *(build(lengths, **shape, seed=seed + more) for more in range(12)))
 
 

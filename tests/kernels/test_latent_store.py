@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from every_kernel import sides
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vllm_svd import codec
 from vllm_svd.format import STORES, Tier
@@ -94,6 +97,48 @@ def test_tiers_are_those_of_the_codec(kernel, heads_inside, dtype, tiers):
         if slot >= 0:
             expected[slot // 16, :, slot % 16] = written[token]
     kernel.store(key, value, cache, slots, layout)
+    assert torch.equal(cache, expected)
+
+
+def layouts() -> st.SearchStrategy[LatentLayout]:
+    """Ranks in the model's dtype, or tiers."""
+
+    def of(*both: tuple[tuple[int, str], ...]) -> LatentLayout:
+        return tiered(*(tuple(Tier(channels=c, store=s) for c, s in side) for side in both))
+
+    ranks = st.integers(1, 70)
+    return st.one_of(st.builds(LatentLayout, ranks, ranks), st.builds(of, sides(), sides()))
+
+
+@given(
+    layout=layouts(),
+    slots=st.permutations(range(96)).flatmap(
+        lambda slots: st.integers(1, 64).map(lambda tokens: slots[:tokens])
+    ),
+    padding=st.sets(st.integers(0, 63)),
+    groups=st.integers(1, 3),
+    block=st.sampled_from([1, 16, 24, 96]),
+    heads_inside=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_store(layout, slots, padding, groups, block, heads_inside, dtype, seed):
+    """Slots hold what the layout makes of their token, bit for bit; all others are left alone."""
+    slots = torch.tensor(slots)
+    slots[[token for token in padding if token < len(slots)]] = -1
+    both = latents(len(slots), groups, layout.k_rank + layout.v_rank, seed=seed).to(DEVICE, dtype)
+    key, value = both[..., : layout.k_rank], both[..., layout.k_rank :]
+    stored = torch.uint8 if layout.quantised else dtype
+    shape = (96 // block, groups, block, layout.width)
+    cache = torch.full(shape, 7, dtype=stored, device=DEVICE)
+    if heads_inside:
+        cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+    expected, written = cache.clone(), layout.write(key, value)
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            expected[slot // block, :, slot % block] = written[token]
+    triton.store(key, value, cache, slots.to(DEVICE), layout)
     assert torch.equal(cache, expected)
 
 
