@@ -4,9 +4,14 @@ All query heads of a KV head share each tile, so a rebuilt key is used by the wh
 rebuilt in two half-rotary products, whose rows of k_up are gathered by the rotary pairing; channels
 beyond rotary_dim form a third product.
 
+Scores are [keys, query rows] and outputs [channels, query rows]: the many rows of a product are
+keys or channels, as tensor cores want them, its few columns the queries of a decode step, and
+rebuilt keys go on from the registers they are in.
+
 A latent is read in parts (latent_tiers_triton). What keys and queries meet is cut alike, and each
 part has its own accumulator of the output, so that no channels need be interleaved. Codes are
-multiplied as the small numbers they are: their scales go to the products, or to the weights.
+multiplied as the small numbers they are. Of a key, each tier's scale is brought in as the quotient
+to the next one's, the last one in the scores; those of values go to the weights.
 
 Where a step has too few programs for the device, contexts are split and combined (split_triton).
 """
@@ -16,11 +21,25 @@ import triton
 import triton.language as tl
 
 from vllm_svd.kernels.latent_attention import split_triton
+from vllm_svd.kernels.latent_attention.parts_triton import (
+    load_query,
+    load_up,
+    store_output,
+    zeros,
+)
 from vllm_svd.kernels.latent_layout import LatentLayout
-from vllm_svd.kernels.latent_tiers_triton import load_part, padded, parts_of, scale_table
+from vllm_svd.kernels.latent_tiers_triton import (
+    SHIFT,
+    load_scale,
+    load_values,
+    padded,
+    parts_of,
+    scale_table,
+)
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
 
-TILE = 32
+TILE = 64
+LEAST_ROWS, MOST_ROWS = 8, 64  # query rows of a program, all heads of a KV head counted
 
 
 @triton.jit
@@ -35,60 +54,6 @@ def _request_of(query_start_ptr, block, requests, BLOCK_Q: tl.constexpr):
         else:
             right = middle
     return left - 1
-
-
-@triton.jit
-def _load_query(query_row, real, FIRST: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr):
-    """The channels of queries [rows, PADDED] that meet a part of the key latent."""
-    channel = tl.arange(0, PADDED)
-    return tl.load(
-        query_row[:, None] + FIRST + channel[None, :],
-        mask=real[:, None] & (channel < CHANNELS)[None, :],
-        other=0.0,
-    )
-
-
-@triton.jit
-def _load_up(
-    up_ptr,
-    row,
-    real,
-    row_stride,
-    FIRST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """The rows of one head's k_up [PADDED, rows] that rebuild from a part of the key latent."""
-    channel = tl.arange(0, PADDED)
-    return tl.load(
-        up_ptr + FIRST + channel[:, None] + row[None, :] * row_stride,
-        mask=(channel < CHANNELS)[:, None] & real[None, :],
-        other=0.0,
-    )
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, PADDED: tl.constexpr):
-    """The accumulator of a part of the value latent."""
-    return tl.zeros([ROWS, PADDED], tl.float32)
-
-
-@triton.jit
-def _store_output(
-    output_row,
-    real,
-    output,
-    FIRST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """Write the channels that a part of the value latent holds."""
-    channel = tl.arange(0, PADDED)
-    tl.store(
-        output_row[:, None] + FIRST + channel[None, :],
-        output.to(output_row.dtype.element_ty),
-        mask=real[:, None] & (channel < CHANNELS)[None, :],
-    )
 
 
 @triton.jit
@@ -122,13 +87,13 @@ def _attention_kernel(
     output_split_stride,
     output_token_stride,
     output_head_stride,
-    cache_block_stride,
-    cache_head_stride,
-    cache_slot_stride,
     table_stride,
     up_head_stride,
     up_row_stride,
     cos_stride,
+    cache_block_stride: tl.constexpr,
+    cache_head_stride: tl.constexpr,
+    cache_slot_stride: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SHARED: tl.constexpr,
     GROUP: tl.constexpr,
@@ -182,37 +147,37 @@ def _attention_kernel(
         else:
             even = 2 * half
             odd = 2 * half + 1
-        q_mask = real[:, None] & in_half[None, :]
-        q_even = tl.load(query_row[:, None] + even[None, :], mask=q_mask, other=0.0)
-        q_odd = tl.load(query_row[:, None] + odd[None, :], mask=q_mask, other=0.0)
+        q_mask = real[None, :] & in_half[:, None]
+        q_even = tl.load(query_row[None, :] + even[:, None], mask=q_mask, other=0.0)
+        q_odd = tl.load(query_row[None, :] + odd[:, None], mask=q_mask, other=0.0)
         up_ptr = k_up_ptr + kv_head * up_head_stride
         up_even = ()
         up_odd = ()
         for i in tl.static_range(len(K_SLICES)):
-            up_even += (_load_up(up_ptr, even, in_half, up_row_stride, *K_SLICES[i]),)
-            up_odd += (_load_up(up_ptr, odd, in_half, up_row_stride, *K_SLICES[i]),)
+            up_even += (load_up(up_ptr, even, in_half, up_row_stride, *K_SLICES[i]),)
+            up_odd += (load_up(up_ptr, odd, in_half, up_row_stride, *K_SLICES[i]),)
         if PASSED > 0:
             rest = tl.arange(0, PASSED_PADDED)
             in_rest = rest < PASSED
             rest = rest + 2 * HALF
             q_rest = tl.load(
-                query_row[:, None] + rest[None, :],
-                mask=real[:, None] & in_rest[None, :],
+                query_row[None, :] + rest[:, None],
+                mask=real[None, :] & in_rest[:, None],
                 other=0.0,
             )
             up_rest = ()
             for i in tl.static_range(len(K_SLICES)):
-                up_rest += (_load_up(up_ptr, rest, in_rest, up_row_stride, *K_SLICES[i]),)
+                up_rest += (load_up(up_ptr, rest, in_rest, up_row_stride, *K_SLICES[i]),)
     else:
         q_latent = ()
         for i in tl.static_range(len(K_SLICES)):
-            q_latent += (_load_query(query_row, real, *K_SLICES[i]),)
+            q_latent += (load_query(query_row, real, *K_SLICES[i]),)
 
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = ()
     for i in tl.static_range(len(V_SLICES)):
-        mixed += (_zeros(ROWS, V_SLICES[i][2]),)
+        mixed += (zeros(ROWS, V_SLICES[i][2]),)
 
     # The last query of this block sees the most keys, the first one starts the window.
     last_token = tl.minimum(first + BLOCK_Q, query_length) - 1
@@ -238,6 +203,7 @@ def _attention_kernel(
             + kv_head // SHARED * cache_head_stride
             + (key % BLOCK_SIZE) * cache_slot_stride
         )
+        k_scale = tl.full([TILE], 1.0, tl.float32)
         if REBUILD:
             table = cos_sin_ptr + key[:, None] * cos_stride + half[None, :]
             table_mask = in_sequence[:, None] & in_half[None, :]
@@ -248,47 +214,68 @@ def _attention_kernel(
             if PASSED > 0:
                 k_rest = tl.zeros([TILE, PASSED_PADDED], tl.float32)
             for i in tl.static_range(len(K_PARTS)):
-                z_k, k_scale = load_part(slot, in_sequence, scales_ptr, dtype, *K_PARTS[i])
-                k_even += tl.dot(z_k, up_even[i], input_precision="ieee") * k_scale[:, None]
-                k_odd += tl.dot(z_k, up_odd[i], input_precision="ieee") * k_scale[:, None]
+                z_k = load_values(slot, in_sequence, dtype, *K_PARTS[i])
+                if K_PARTS[i][SHIFT] == 0:  # a tier begins
+                    scale_before = k_scale
+                    k_scale = load_scale(slot, in_sequence, scales_ptr, *K_PARTS[i])
+                    if i > 0:
+                        quotient = (scale_before / k_scale)[:, None]
+                        k_even *= quotient
+                        k_odd *= quotient
+                        if PASSED > 0:
+                            k_rest *= quotient
+                k_even = tl.dot(z_k, up_even[i], k_even, input_precision="ieee")
+                k_odd = tl.dot(z_k, up_odd[i], k_odd, input_precision="ieee")
                 if PASSED > 0:
-                    k_rest += tl.dot(z_k, up_rest[i], input_precision="ieee") * k_scale[:, None]
-            turned_even = (k_even * cos - k_odd * sin).to(q_even.dtype)
-            turned_odd = (k_odd * cos + k_even * sin).to(q_odd.dtype)
-            scores = tl.dot(q_even, tl.trans(turned_even), input_precision="ieee")
-            scores += tl.dot(q_odd, tl.trans(turned_odd), input_precision="ieee")
+                    k_rest = tl.dot(z_k, up_rest[i], k_rest, input_precision="ieee")
+            if dtype == tl.float16:  # which unscaled keys might leave
+                k_even *= k_scale[:, None]
+                k_odd *= k_scale[:, None]
+                if PASSED > 0:
+                    k_rest *= k_scale[:, None]
+                k_scale = tl.full([TILE], 1.0, tl.float32)
+            turned_even = (k_even * cos - k_odd * sin).to(dtype)
+            turned_odd = (k_odd * cos + k_even * sin).to(dtype)
+            scores = tl.dot(turned_even, q_even, input_precision="ieee")
+            scores = tl.dot(turned_odd, q_odd, scores, input_precision="ieee")
             if PASSED > 0:
-                passed = k_rest.to(q_rest.dtype)
-                scores += tl.dot(q_rest, tl.trans(passed), input_precision="ieee")
+                scores = tl.dot(k_rest.to(dtype), q_rest, scores, input_precision="ieee")
         else:
-            scores = tl.zeros([ROWS, TILE], tl.float32)
+            scores = tl.zeros([TILE, ROWS], tl.float32)
             for i in tl.static_range(len(K_PARTS)):
-                z_k, k_scale = load_part(slot, in_sequence, scales_ptr, dtype, *K_PARTS[i])
-                scores += (
-                    tl.dot(q_latent[i], tl.trans(z_k), input_precision="ieee") * k_scale[None, :]
-                )
-        seen = key[None, :] <= position[:, None]
+                z_k = load_values(slot, in_sequence, dtype, *K_PARTS[i])
+                if K_PARTS[i][SHIFT] == 0:  # a tier begins
+                    scale_before = k_scale
+                    k_scale = load_scale(slot, in_sequence, scales_ptr, *K_PARTS[i])
+                    if i > 0:
+                        scores *= (scale_before / k_scale)[:, None]
+                scores = tl.dot(z_k, q_latent[i], scores, input_precision="ieee")
+        seen = key[:, None] <= position[None, :]
         if WINDOW > 0:
-            seen = seen & (key[None, :] > position[:, None] - WINDOW)
-        scores *= scale
+            seen = seen & (key[:, None] > position[None, :] - WINDOW)
+        scores *= (scale * k_scale)[:, None]
         if SOFT_CAP > 0:
             scores = SOFT_CAP * _tanh(scores / SOFT_CAP)
         scores = tl.where(seen, scores, float("-inf"))
 
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        new_highest = tl.maximum(highest, tl.max(scores, axis=0))
         # A tile may lie wholly outside a row's window: exp(-inf - -inf) is not a number.
         shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp(scores - shift[:, None])
+        weights = tl.exp(scores - shift[None, :])
         decay = tl.exp(highest - shift)
-        total = total * decay + tl.sum(weights, axis=1)
+        total = total * decay + tl.sum(weights, axis=0)
         mixed_before = mixed
         mixed = ()
         for i in tl.static_range(len(V_PARTS)):
-            z_v, v_scale = load_part(slot, in_sequence, scales_ptr, dtype, *V_PARTS[i])
-            # fp16 holds all scales, those below 2^-14 with fewer digits.
-            scaled = (weights * v_scale[None, :]).to(z_v.dtype)
-            product = tl.dot(scaled, z_v, input_precision="ieee")
-            mixed += (mixed_before[i] * decay[:, None] + product,)
+            z_v = load_values(slot, in_sequence, dtype, *V_PARTS[i])
+            if V_PARTS[i][SHIFT] == 0:
+                # fp16 holds all scales, those below 2^-14 with fewer digits.
+                v_scale = load_scale(slot, in_sequence, scales_ptr, *V_PARTS[i])
+                scaled = (weights * v_scale[:, None]).to(dtype)
+            product = tl.dot(
+                tl.trans(z_v), scaled, mixed_before[i] * decay[None, :], input_precision="ieee"
+            )
+            mixed += (product,)
         highest = new_highest
 
     output_row = (
@@ -299,12 +286,12 @@ def _attention_kernel(
     )
     if SPLIT:
         for i in tl.static_range(len(V_SLICES)):
-            _store_output(output_row, real, mixed[i], *V_SLICES[i])
+            store_output(output_row, real, mixed[i], *V_SLICES[i])
         tl.store(output_row + V_RANK, highest, mask=real)
         tl.store(output_row + V_RANK + 1, total, mask=real)
     else:
         for i in tl.static_range(len(V_SLICES)):
-            _store_output(output_row, real, mixed[i] / total[:, None], *V_SLICES[i])
+            store_output(output_row, real, mixed[i] / total[None, :], *V_SLICES[i])
 
 
 def attend(
@@ -325,13 +312,13 @@ def attend(
     requests, groups = batch.seq_lens.shape[0], kv_cache.shape[1]
     kv_heads = groups if k_up is None else k_up.shape[0]
     group = heads // kv_heads
-    rows = padded(group)
+    rows = padded(group * min(batch.max_query_len, max(1, MOST_ROWS // group)), LEAST_ROWS)
     block_q = rows // group
     rotary_dim = 0 if rope is None else rope.cos_sin.shape[1]
     passed = 0 if rope is None else width - rotary_dim
     up, cos_sin = (k_up, rope.cos_sin) if k_up is not None and rope else (query, query)
     scales = scale_table(kv_cache.device) if layout.quantised else query
-    k_parts, v_parts = parts_of(layout, rows)
+    k_parts, v_parts = parts_of(layout)
     # Every request may add one block that is not full; the surplus returns at once.
     blocks = tokens // block_q + requests
     longest = batch.block_table.shape[1] * kv_cache.shape[2]
@@ -353,10 +340,10 @@ def attend(
         scale,
         *query.stride()[:2],
         *target.stride()[:3],
-        *kv_cache.stride()[:3],
         batch.block_table.stride(0),
         *up.stride()[:2],
         cos_sin.stride(0),
+        *kv_cache.stride()[:3],
         BLOCK_SIZE=kv_cache.shape[2],
         SHARED=kv_heads // groups,
         GROUP=group,
