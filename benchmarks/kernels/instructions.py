@@ -71,7 +71,7 @@ def _compiling(kernel: Any, found: list[Any]) -> Iterator[None]:
     compile_and_launch = kernel.run
 
     def run(*args: Any, **options: Any) -> Any:
-        found.append(compile_and_launch(*args, **(options | {"warmup": True})))
+        found.append((compile_and_launch(*args, **(options | {"warmup": True})), options["TILE"]))
 
     driver.set_active(_Absent())
     kernel.run = run
@@ -105,12 +105,12 @@ def issued(variant: Variant, geometry: str = "llama-3.1-8b") -> Issued:
             sliding_window=None,
             soft_cap=None,
         )
-    (kernel,) = found
+    ((kernel, tile),) = found
     resources, code = _disassembled(kernel.asm["cubin"])
     instructions = len(_loop(code))
     registers, stack, local = map(int, _RESOURCES.search(resources).groups())  # type: ignore[union-attr]
     bytes_per_cycle = BANDWIDTH / PROCESSORS / CLOCK
-    issue = instructions * kernel.metadata.num_warps / SCHEDULERS / kernels.TILE
+    issue = instructions * kernel.metadata.num_warps / SCHEDULERS / tile
     read = layout.width * cache.itemsize / variant.shared / bytes_per_cycle
     dense = 2 * g.head_dim * step.dtype.itemsize / bytes_per_cycle
     return Issued(

@@ -199,6 +199,22 @@ def test_split_contexts(monkeypatch, mode, window, processors, cap):
 
 
 @pytest.mark.parametrize("mode", ["pre", "post"])
+def test_tiles_are_smaller_where_a_gpu_has_less_memory(monkeypatch, mode):
+    """What an H100 holds is too much for an L4, and what neither holds takes the least."""
+    tiles, tile_of = [], triton._tile
+    monkeypatch.setattr(triton, "_tile", lambda *given: tiles.append(tile_of(*given)) or tiles[-1])
+    case = build([(1, 300), (20, 53)], mode=mode, tiers=(THREE, THREE))
+    for shared_memory in (227 << 10, 0):
+        monkeypatch.setattr(triton, "_shared_memory", lambda _, size=shared_memory: size)
+        check(triton, case)
+    assert tiles == [64, 32]
+    query = torch.empty(1, 32, 128, dtype=torch.bfloat16)
+    for size, tile in ((227 << 10, 64), (99 << 10, 32)):
+        monkeypatch.setattr(triton, "_shared_memory", lambda _, size=size: size)
+        assert tile_of(query, 128, 128, 128, 8) == tile
+
+
+@pytest.mark.parametrize("mode", ["pre", "post"])
 @pytest.mark.parametrize("window", [None, 1, 9, 50])
 @pytest.mark.parametrize(
     "shape", [{}, {"shared": 2}, {"tiers": (THREE, THREE)}, {"soft_cap": 0.5}], ids=str

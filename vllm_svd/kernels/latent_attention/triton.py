@@ -16,6 +16,8 @@ to the next one's, the last one in the scores; those of values go to the weights
 Where a step has too few programs for the device, contexts are split and combined (split_triton).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +40,8 @@ from vllm_svd.kernels.latent_tiers_triton import (
 )
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
 
-TILE = 64
+TILES = (64, 32)  # keys of a tile: as tensor cores take them at once, and where memory is short
+SPARE = 8 << 10  # bytes of shared memory for scales, pages and what crosses warps
 LEAST_ROWS, MOST_ROWS = 8, 64  # query rows of a program, all heads of a KV head counted
 
 
@@ -294,6 +297,28 @@ def _attention_kernel(
             store_output(output_row, real, mixed[i] / total[None, :], *V_SLICES[i])
 
 
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes beyond which Triton refuses a program; the interpreter has no limit."""
+    if device.type != "cuda":
+        return 1 << 30
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return int(properties["max_shared_mem"])
+
+
+def _tile(query: torch.Tensor, k_padded: int, v_padded: int, rotary_dim: int, rows: int) -> int:
+    """The largest tile for which there is memory: for bases, queries, and two tiles of the rest."""
+    width, item = query.shape[2], query.element_size()
+    fixed = k_padded * width * (rotary_dim > 0) + rows * width
+    of_key = 2 * (k_padded + v_padded) + rotary_dim + rows
+    fitting = (
+        tile
+        for tile in TILES
+        if item * (fixed + tile * of_key) + SPARE <= _shared_memory(query.device)
+    )
+    return next(fitting, TILES[-1])
+
+
 def attend(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -319,6 +344,7 @@ def attend(
     up, cos_sin = (k_up, rope.cos_sin) if k_up is not None and rope else (query, query)
     scales = scale_table(kv_cache.device) if layout.quantised else query
     k_parts, v_parts = parts_of(layout)
+    k_padded, v_padded = (sum(part[2] for part in side) for side in (k_parts, v_parts))
     # Every request may add one block that is not full; the surplus returns at once.
     blocks = tokens // block_q + requests
     longest = batch.block_table.shape[1] * kv_cache.shape[2]
@@ -349,7 +375,7 @@ def attend(
         GROUP=group,
         BLOCK_Q=block_q,
         ROWS=rows,
-        TILE=TILE,
+        TILE=_tile(query, k_padded, v_padded, rotary_dim, rows),
         K_PARTS=tuple(part[1:] for part in k_parts),
         V_PARTS=tuple(part[1:] for part in v_parts),
         K_SLICES=tuple(part[:3] for part in k_parts),
