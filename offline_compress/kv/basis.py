@@ -27,7 +27,8 @@ from vllm_svd.format import Tier
 _METRIC_FLOOR = 1e-10
 # Noise of one size under the metric is the larger the less a direction is read: at most 100 times.
 _NOISY_METRIC_FLOOR = 1e-4
-# Of the strongest channel: tiers below are left smaller than others. Bases must fit into fp16.
+# Of the strongest channel: those below are weighted as if they had this much. Bases must fit into
+# fp16.
 _LEAST_ENERGY = 1e-8
 # Fractions of mean(diag C). Never zero: a pivot made of rounding noise would pass the Cholesky.
 _DAMPING = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
@@ -69,8 +70,9 @@ def solve_tiers(
     otherwise be the same. Every tier is rotated (rotation.py), which levels the noise of its one
     scale: with channels i of energy l_i weighted by w_i before, the noise of the tier is in
     proportion to mean(w_i^2 l_i) sum(1 / w_i^2), by Cauchy and Schwarz least at w_i = l_i^(-1/4).
-    Each tier has a mean square of one. `down` is rounded to `dtype` before `up` regresses on it:
-    what rounding does to a latent is not lost. Raises SvdError like `solve`.
+    A tier has a mean square of one, unless some of its channels hold nothing. `down` is rounded to
+    `dtype` before `up` regresses on it: what rounding does to a latent is not lost. Raises SvdError
+    like `solve`.
     """
     metric, second_moment = _symmetric(metric, "metric"), _symmetric(second_moment, "second moment")
     values, down = _principal(metric, second_moment)

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_cases import DEVICE, Case, Tiers
 
-from vllm_svd.kernels.latent_attention import compiled, cpu, reference, split_triton, triton
+from vllm_svd.kernels.latent_attention import (
+    compiled,
+    cpu,
+    reference,
+    split_triton,
+    tiles_triton,
+    triton,
+)
 from vllm_svd.kernels.paged_batch import PagedBatch
 
 RAGGED = [(1, 1), (1, 40), (7, 7), (20, 53), (1, 33), (5, 48)]
@@ -198,20 +205,37 @@ def test_split_contexts(monkeypatch, mode, window, processors, cap):
     test_padding_rows_are_left_alone(triton)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("tiers", [None, (THREE, THREE)], ids=str)
+def test_pages_before_the_window_may_hold_anything(kernel, tiers):
+    """vLLM frees them while the block table still names them."""
+    case = build([(1, 64), (2, 130)], window=20, tiers=tiers)
+    outputs = torch.full((2, *case.shape), torch.nan, dtype=case.query.dtype, device=DEVICE)
+    size = case.cache.shape[2]
+    for output in outputs:
+        kernel.attend(case.query, case.cache, case.batch, output, **settings_of(kernel, case))
+        for request, length in enumerate((64, 129)):
+            freed = case.batch.block_table[request, : (length - 20) // size]
+            case.cache[freed.long()] = 255 if tiers else torch.nan
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("mode", ["pre", "post"])
 def test_tiles_are_smaller_where_a_gpu_has_less_memory(monkeypatch, mode):
     """What an H100 holds is too much for an L4, and what neither holds takes the least."""
-    tiles, tile_of = [], triton._tile
-    monkeypatch.setattr(triton, "_tile", lambda *given: tiles.append(tile_of(*given)) or tiles[-1])
+    tiles, tile = [], tiles_triton.tile
+    monkeypatch.setattr(
+        tiles_triton, "tile", lambda *given: tiles.append(tile(*given)) or tiles[-1]
+    )
     case = build([(1, 300), (20, 53)], mode=mode, tiers=(THREE, THREE))
     for shared_memory in (227 << 10, 0):
-        monkeypatch.setattr(triton, "_shared_memory", lambda _, size=shared_memory: size)
+        monkeypatch.setattr(tiles_triton, "shared_memory", lambda _, size=shared_memory: size)
         check(triton, case)
-    assert tiles == [64, 32]
+    assert tiles == [(64, 3), (32, 1)]
     query = torch.empty(1, 32, 128, dtype=torch.bfloat16)
-    for size, tile in ((227 << 10, 64), (99 << 10, 32)):
-        monkeypatch.setattr(triton, "_shared_memory", lambda _, size=size: size)
-        assert tile_of(query, 128, 128, 128, 8) == tile
+    for size, expected in ((227 << 10, (64, 3)), (99 << 10, (32, 3))):
+        monkeypatch.setattr(tiles_triton, "shared_memory", lambda _, size=size: size)
+        assert tile(query, 128, 128, 128, 8) == expected
 
 
 @pytest.mark.parametrize("mode", ["pre", "post"])

@@ -26,7 +26,8 @@ class LatentMetadata(PagedBatch, AttentionMetadata):
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     """Builds no tensor of its own, so one builder per distinct pair of ranks costs nothing."""
 
-    # The launch depends on padded host sizes only; all else is read from device tensors.
+    # The launch depends on host sizes, and is right for any batch of no more tokens and requests;
+    # all else is read from device tensors.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
     def __init__(

@@ -28,7 +28,7 @@ def processors(device: torch.device) -> int:
 def splits_of(programs: int, longest: int, device: torch.device) -> int:
     """In how many parts contexts of up to `longest` tokens are read, by so many programs.
 
-    Known on the host from padded sizes alone, so that a CUDA graph of one size fixes it.
+    Known on the host, so that a CUDA graph of one size fixes it; any number is right for any batch.
     """
     wanted = -(-WAVES * processors(device) // programs)
     return max(1, min(wanted, longest // LEAST_PART, MOST_PARTS))

@@ -16,13 +16,11 @@ to the next one's, the last one in the scores; those of values go to the weights
 Where a step has too few programs for the device, contexts are split and combined (split_triton).
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
-from vllm_svd.kernels.latent_attention import split_triton
+from vllm_svd.kernels.latent_attention import split_triton, tiles_triton
 from vllm_svd.kernels.latent_attention.parts_triton import (
     load_query,
     load_up,
@@ -40,9 +38,9 @@ from vllm_svd.kernels.latent_tiers_triton import (
 )
 from vllm_svd.kernels.paged_batch import PagedBatch, Rope
 
-TILES = (64, 32)  # keys of a tile: as tensor cores take them at once, and where memory is short
-SPARE = 8 << 10  # bytes of shared memory for scales, pages and what crosses warps
-LEAST_ROWS, MOST_ROWS = 8, 64  # query rows of a program, all heads of a KV head counted
+# Query rows of a program, all heads of a KV head counted: of decode steps, and of all others, whose
+# requests may yet decode, too.
+FEW_ROWS, MORE_ROWS = 8, 16
 
 
 @triton.jit
@@ -195,6 +193,8 @@ def _attention_kernel(
     for tile in range(begin, end, TILE):
         key = tile + tl.arange(0, TILE)
         in_sequence = key < end
+        if WINDOW > 0:  # pages before it may be others' by now
+            in_sequence = in_sequence & (key > seq_len - query_length + first - WINDOW)
         page = tl.load(
             block_table_ptr + request * table_stride + key // BLOCK_SIZE,
             mask=in_sequence,
@@ -297,28 +297,6 @@ def _attention_kernel(
             store_output(output_row, real, mixed[i] / total[None, :], *V_SLICES[i])
 
 
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes beyond which Triton refuses a program; the interpreter has no limit."""
-    if device.type != "cuda":
-        return 1 << 30
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return int(properties["max_shared_mem"])
-
-
-def _tile(query: torch.Tensor, k_padded: int, v_padded: int, rotary_dim: int, rows: int) -> int:
-    """The largest tile for which there is memory: for bases, queries, and two tiles of the rest."""
-    width, item = query.shape[2], query.element_size()
-    fixed = k_padded * width * (rotary_dim > 0) + rows * width
-    of_key = 2 * (k_padded + v_padded) + rotary_dim + rows
-    fitting = (
-        tile
-        for tile in TILES
-        if item * (fixed + tile * of_key) + SPARE <= _shared_memory(query.device)
-    )
-    return next(fitting, TILES[-1])
-
-
 def attend(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -337,7 +315,8 @@ def attend(
     requests, groups = batch.seq_lens.shape[0], kv_cache.shape[1]
     kv_heads = groups if k_up is None else k_up.shape[0]
     group = heads // kv_heads
-    rows = padded(group * min(batch.max_query_len, max(1, MOST_ROWS // group)), LEAST_ROWS)
+    few = group * batch.max_query_len <= FEW_ROWS
+    rows = padded(group, FEW_ROWS if few else MORE_ROWS)
     block_q = rows // group
     rotary_dim = 0 if rope is None else rope.cos_sin.shape[1]
     passed = 0 if rope is None else width - rotary_dim
@@ -345,10 +324,12 @@ def attend(
     scales = scale_table(kv_cache.device) if layout.quantised else query
     k_parts, v_parts = parts_of(layout)
     k_padded, v_padded = (sum(part[2] for part in side) for side in (k_parts, v_parts))
+    tile, stages = tiles_triton.tile(query, k_padded, v_padded, rotary_dim, rows)
     # Every request may add one block that is not full; the surplus returns at once.
     blocks = tokens // block_q + requests
     longest = batch.block_table.shape[1] * kv_cache.shape[2]
-    splits = split_triton.splits_of(blocks * kv_heads, longest, query.device)
+    programs = min(blocks, tokens) * kv_heads
+    splits = split_triton.splits_of(programs, longest, query.device)
     parts = split_triton.parts(splits, tokens, heads, layout.v_rank, query.device)
     target = output[None] if parts is None else parts
     _attention_kernel[(blocks, kv_heads, splits)](
@@ -375,7 +356,7 @@ def attend(
         GROUP=group,
         BLOCK_Q=block_q,
         ROWS=rows,
-        TILE=_tile(query, k_padded, v_padded, rotary_dim, rows),
+        TILE=tile,
         K_PARTS=tuple(part[1:] for part in k_parts),
         V_PARTS=tuple(part[1:] for part in v_parts),
         K_SLICES=tuple(part[:3] for part in k_parts),
@@ -391,6 +372,7 @@ def attend(
         V_RANK=layout.v_rank,
         SPLIT=parts is not None,
         LEAST_PART=split_triton.LEAST_PART,
+        num_stages=stages,
     )
     if parts is not None:
         split_triton.combine(parts, output, batch.query_start_loc)
