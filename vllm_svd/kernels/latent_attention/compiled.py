@@ -166,7 +166,7 @@ def _layer(
     if any(tensor.stride(-1) != 1 for tensor in tensors.values()):
         raise ValueError("latent_attention on a CPU needs tensors of contiguous rows")
     (_, groups, block_size, _), (_, heads, query_width) = kv_cache.shape, query.shape
-    k_up, v_up = bases.ups.tensors
+    k_up, v_up, _ = bases.ups
     up = v_up if k_up is None else k_up
     kv_heads, item = groups if up is None else len(up), kv_cache.element_size()
     v_width = 0 if v_up is None else v_up.shape[1]
