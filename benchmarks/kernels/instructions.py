@@ -25,7 +25,8 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from benchmarks.kernels.geometry import BLOCK, GEOMETRIES, VARIANTS, Step, Variant
+from benchmarks.kernels.geometry import GEOMETRIES, VARIANTS, Step, Variant
+from benchmarks.kernels.kernels import cached_bytes, latent_arguments
 
 CAPABILITY = 90
 PROCESSORS, SCHEDULERS = 132, 4
@@ -86,33 +87,19 @@ def issued(variant: Variant, geometry: str = "llama-3.1-8b") -> Issued:
     from vllm_svd.kernels.latent_attention import triton as kernels
 
     step = Step(GEOMETRIES[geometry], 1, 4096, 1, torch.bfloat16, torch.device("cpu"))
-    g, layout, pages = step.geometry, variant.layout(step.geometry), step.pages
-    latents = step.random(pages.numel(), g.kv_heads // variant.shared, BLOCK, layout.k_rank)
-    cache = layout.write(latents, latents[..., : layout.v_rank])
-    rebuilt = variant.mode == "pre" or variant.shared > 1
-    query = step.random(1, g.kv_heads * g.group, g.head_dim if rebuilt else layout.k_rank)
+    arguments = latent_arguments(step, variant)
     found: list[Any] = []
     with _compiling(kernels._attention_kernel, found):
-        kernels.attend(
-            query,
-            cache,
-            step.paged(),
-            query.new_empty(1, g.kv_heads * g.group, layout.v_rank),
-            scale=1.0,
-            layout=layout,
-            k_up=step.random(g.kv_heads, g.head_dim, layout.k_rank) if rebuilt else None,
-            rope=step.rope() if rebuilt else None,
-            sliding_window=None,
-            soft_cap=None,
-        )
+        kernels.attend(**arguments)
     ((kernel, tile),) = found
     resources, code = _disassembled(kernel.asm["cubin"])
     instructions = len(_loop(code))
     registers, stack, local = map(int, _RESOURCES.search(resources).groups())  # type: ignore[union-attr]
     bytes_per_cycle = BANDWIDTH / PROCESSORS / CLOCK
     issue = instructions * kernel.metadata.num_warps / SCHEDULERS / tile
-    read = layout.width * cache.itemsize / variant.shared / bytes_per_cycle
-    dense = 2 * g.head_dim * step.dtype.itemsize / bytes_per_cycle
+    keys = step.context * step.geometry.kv_heads
+    read = cached_bytes(step, arguments["kv_cache"]) / keys / bytes_per_cycle
+    dense = step.dense_bytes() / keys / bytes_per_cycle
     return Issued(
         variant.name,
         registers,

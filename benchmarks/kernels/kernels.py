@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -21,36 +23,40 @@ class Kernel:
 
 def latent(step: Step, variant: Variant) -> Kernel:
     """Attention over a latent cache."""
+    g, arguments = step.geometry, latent_arguments(step, variant)
+    layout, rope = arguments["layout"], arguments["rope"]
+    width = arguments["query"].shape[2]
+    operations = 2 * step.pairs * g.kv_heads * g.group * (width + layout.v_rank)
+    if rope is not None:  # every KV head its own keys, once
+        operations += 2 * step.batch * step.context * g.kv_heads * g.head_dim * layout.k_rank
+    run = partial(latent_attention.attend, **arguments)
+    return Kernel(variant.name, run, cached_bytes(step, arguments["kv_cache"]), operations)
+
+
+def latent_arguments(step: Step, variant: Variant) -> dict[str, Any]:
+    """Of latent_attention.attend."""
     g, layout = step.geometry, variant.layout(step.geometry)
     groups, pages = g.kv_heads // variant.shared, step.pages
     latents = step.random(pages.numel(), groups, BLOCK, layout.k_rank + layout.v_rank)
-    cache = layout.write(latents[..., : layout.k_rank], latents[..., layout.k_rank :])
     rebuilt = variant.mode == "pre" or variant.shared > 1
-    width = g.head_dim if rebuilt else layout.k_rank
-    query = step.random(step.rows, g.kv_heads * g.group, width)
-    output = query.new_empty(step.rows, g.kv_heads * g.group, layout.v_rank)
-    k_up, rope = step.random(g.kv_heads, g.head_dim, layout.k_rank), step.rope()
-    batch = step.paged()
+    query = step.random(step.rows, g.kv_heads * g.group, g.head_dim if rebuilt else layout.k_rank)
+    return {
+        "query": query,
+        "kv_cache": layout.write(latents[..., : layout.k_rank], latents[..., layout.k_rank :]),
+        "batch": step.paged(),
+        "output": query.new_empty(step.rows, g.kv_heads * g.group, layout.v_rank),
+        "scale": g.head_dim**-0.5,
+        "layout": layout,
+        "k_up": step.random(g.kv_heads, g.head_dim, layout.k_rank) if rebuilt else None,
+        "rope": step.rope() if rebuilt else None,
+        "sliding_window": None,
+        "soft_cap": None,
+    }
 
-    def run() -> None:
-        latent_attention.attend(
-            query,
-            cache,
-            batch,
-            output,
-            scale=g.head_dim**-0.5,
-            layout=layout,
-            k_up=k_up if rebuilt else None,
-            rope=rope if rebuilt else None,
-            sliding_window=None,
-            soft_cap=None,
-        )
 
-    tokens = step.batch * step.context
-    operations = 2 * step.pairs * g.kv_heads * g.group * (width + layout.v_rank)
-    if rebuilt:  # every KV head its own keys, once
-        operations += 2 * tokens * g.kv_heads * g.head_dim * layout.k_rank
-    return Kernel(variant.name, run, tokens * groups * layout.width * cache.itemsize, operations)
+def cached_bytes(step: Step, cache: torch.Tensor) -> int:
+    """Of latents [.., groups, .., width] that a step has to read."""
+    return step.batch * step.context * cache.shape[1] * cache.shape[3] * cache.itemsize
 
 
 def dense(step: Step) -> Kernel:
