@@ -45,6 +45,7 @@ def test_builders_of_several_shapes_of_pages_share_what_they_build_of_one_step()
         {"seq_lens": torch.tensor([101, 51], dtype=torch.int32)},
         {"num_actual_tokens": 2},
         {"max_query_len": 1},
+        {"slot_mapping": torch.arange(152)},
     ],
     ids=lambda changed: next(iter(changed)),
 )

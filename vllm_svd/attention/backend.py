@@ -1,6 +1,6 @@
 """The attention backend of latent caches, as vLLM's registry and runners see it."""
 
-from vllm_svd.attention.implementation import LatentImpl
+from vllm_svd.attention.implementation import LatentImpl, ProjectingImpl
 from vllm_svd.attention.metadata import LatentMetadataBuilder
 from vllm_svd.compat import AttentionBackend, KVCacheSpec, MultipleOf
 
@@ -29,3 +29,13 @@ class LatentBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[LatentMetadataBuilder]:
         return LatentMetadataBuilder
+
+
+class ProjectingBackend(LatentBackend):
+    """As LatentBackend, where attention stores what it is given: one operator a layer, not two."""
+
+    forward_includes_kv_cache_update: bool = True
+
+    @staticmethod
+    def get_impl_cls() -> type[LatentImpl]:
+        return ProjectingImpl

@@ -36,6 +36,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         self.projection = projection
         self.layout = LatentLayout.of(projection)
         self.rotary: RotaryEmbedding | None = None
+        self._known: Rope | None = None
 
     @property
     def needs_rotary(self) -> bool:
@@ -69,9 +70,6 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         if attn_metadata is None:  # profiling run: no cache yet
             return output.fill_(0)
         k_up, v_up = self._bases(layer)
-        rope = None
-        if self.rotary is not None:
-            rope = Rope(self.rotary.cos_sin_cache, self.rotary.is_neox_style)
         latent_attention.attend(
             query,
             kv_cache,
@@ -81,11 +79,21 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
             layout=self.layout,
             k_up=k_up,
             v_up=v_up,
-            rope=rope,
+            rope=self._rope(),
             sliding_window=self.sliding_window,
             soft_cap=self.soft_cap,
         )
         return output
+
+    def _rope(self) -> Rope | None:
+        """The model's table, which may be another one once the model has changed its dtype."""
+        rotary = self.rotary
+        if rotary is None:
+            return None
+        table = rotary._buffers["cos_sin_cache"]  # a module's __getattr__ would be felt, here too
+        if self._known is None or self._known.cos_sin is not table:
+            self._known = Rope(table, rotary.is_neox_style)
+        return self._known
 
     def _bases(self, layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What the kernel multiplies with: k_up where it rebuilds keys, or queries; v_up."""
@@ -93,20 +101,37 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
 
 
 class ProjectingImpl(LatentImpl):
-    """An implementation that projects by itself: it is given what a dense one is."""
+    """An implementation that stores and projects by itself: it is given what a dense one is."""
 
-    def do_kv_cache_update(
+    def forward(
         self,
         layer: Any,
+        query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Write latents of key and value [tokens, KV heads, d] to their slots."""
-        bases = layer._parameters  # a module's __getattr__ would cost as much as the products
-        down = (bases["k_down"], bases["v_down"])
-        latent_store.store(key, value, kv_cache, slot_mapping, self.layout, down)
+        attn_metadata: LatentMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query, output [tokens, heads, d]; key, value [tokens, KV heads, d] go to their slots."""
+        if attn_metadata is not None:
+            bases = layer._parameters  # a module's __getattr__ would cost as much as the products
+            down = (bases["k_down"], bases["v_down"])
+            slots = attn_metadata.slot_mapping
+            latent_store.store(key, value, kv_cache, slots, self.layout, down)
+        return super().forward(
+            layer,
+            query,
+            key,
+            value,
+            kv_cache,
+            attn_metadata,
+            output,
+            output_scale,
+            output_block_scale,
+        )
 
     def _bases(self, layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Both: queries and outputs are [tokens, heads, d]."""

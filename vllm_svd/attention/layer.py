@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from vllm_svd.attention.backend import LatentBackend
-from vllm_svd.attention.implementation import LatentImpl, ProjectingImpl
+from vllm_svd.attention.backend import LatentBackend, ProjectingBackend
+from vllm_svd.attention.implementation import ProjectingImpl
 from vllm_svd.attention.rotary import watch_for_rotary
 from vllm_svd.compat import (
     Attention,
@@ -114,7 +114,8 @@ def make_latent(layer: Attention, projection: KVProjection) -> None:
         )
         return
     _refuse_ranks(layer, projection)
-    layer.impl = (ProjectingImpl if _on_cpu(layer) else LatentImpl)(
+    backend = ProjectingBackend if _on_cpu(layer) else LatentBackend
+    layer.impl = backend.get_impl_cls()(
         num_heads=layer.num_heads,
         head_size=layer.head_size,
         scale=layer.impl.scale,
@@ -124,7 +125,7 @@ def make_latent(layer: Attention, projection: KVProjection) -> None:
         kv_cache_dtype=layer.kv_cache_dtype,
         projection=projection,
     )
-    layer.attn_backend = LatentBackend
+    layer.attn_backend = backend
     if projection.mode == "pre":
         watch_for_rotary()
 

@@ -1,5 +1,6 @@
 """What one scheduler step tells the kernels."""
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -19,8 +20,12 @@ from vllm_svd.kernels.paged_batch import PagedBatch
 _SHARED = "_latent_metadata"
 
 
+@dataclass(frozen=True, eq=False)
 class LatentMetadata(PagedBatch, AttentionMetadata):
-    """The batch of this step; slots are given to the cache update by vLLM itself."""
+    """The batch of this step, and where its tokens are to be stored."""
+
+    slot_mapping: torch.Tensor
+    """[query tokens, or more: padding is -1] int64."""
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
@@ -62,6 +67,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
             block_table=common_attn_metadata.block_table_tensor,
             num_tokens=common_attn_metadata.num_actual_tokens,
             max_query_len=common_attn_metadata.max_query_len,
+            slot_mapping=common_attn_metadata.slot_mapping,
         )
         setattr(common_attn_metadata, _SHARED, None if fast_build else metadata)
         return metadata
@@ -79,6 +85,7 @@ def _is_of(metadata: LatentMetadata, common: CommonAttentionMetadata) -> bool:
         metadata.query_start_loc is common.query_start_loc
         and metadata.seq_lens is common.seq_lens
         and metadata.block_table is common.block_table_tensor
+        and metadata.slot_mapping is common.slot_mapping
         and metadata.num_tokens == common.num_actual_tokens
         and metadata.max_query_len == common.max_query_len
     )

@@ -1,22 +1,17 @@
 """What was made of tensors may be kept as long as these hold what they held."""
 
-from typing import NamedTuple
-
 import torch
 
-Mark = tuple[int, int] | None
 
-
-class Source(NamedTuple):
+class Source:
     """Two tensors that something was made of: they themselves, their memory, writes to them."""
 
-    one: torch.Tensor | None
-    other: torch.Tensor | None
-    marks: tuple[Mark, Mark]
+    __slots__ = ("_marks", "one", "other")
 
-    @classmethod
-    def of(cls, one: torch.Tensor | None, other: torch.Tensor | None) -> "Source":
-        return cls(one, other, (_mark(one), _mark(other)))
+    def __init__(self, one: torch.Tensor | None, other: torch.Tensor | None) -> None:
+        self.one, self.other = one, other
+        present = [tensor for tensor in (one, other) if tensor is not None]
+        self._marks = [(tensor, tensor.data_ptr(), *_writes(tensor)) for tensor in present]
 
     def holds(self, one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
         """Whether these are they, neither moved nor written to; writes to `.data` do not show.
@@ -25,13 +20,12 @@ class Source(NamedTuple):
         """
         if one is not self.one or other is not self.other:
             return False
-        return (_mark(one), _mark(other)) == self.marks
+        for tensor, place, counts, writes in self._marks:  # `all` would make a generator
+            if tensor.data_ptr() != place or (counts and tensor._version != writes):
+                return False
+        return True
 
 
-def _mark(tensor: torch.Tensor | None) -> Mark:
-    if tensor is None:
-        return None
-    try:
-        return tensor.data_ptr(), tensor._version
-    except RuntimeError:  # tensors made in inference mode count no writes
-        return tensor.data_ptr(), 0
+def _writes(tensor: torch.Tensor) -> tuple[bool, int]:
+    """Whether writes are counted, as they are not where a tensor was made in inference mode."""
+    return (False, 0) if tensor.is_inference() else (True, tensor._version)

@@ -1,7 +1,6 @@
 """Arguments that every kernel over a paged latent cache shares."""
 
 import functools
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -44,17 +43,15 @@ class Rope(NamedTuple):
 
 
 def once_per_batch(derive: Callable[[PagedBatch], T]) -> Callable[[PagedBatch], T]:
-    """Keep what `derive` gives as long as the batch lives: the layers of a step share a batch.
-
-    What it gives must not hold the batch, which would then live for ever.
-    """
-    known: weakref.WeakKeyDictionary[PagedBatch, T] = weakref.WeakKeyDictionary()
+    """Keep what `derive` gives in the batch itself: the layers of a step share a batch."""
+    name = f"{derive.__module__}.{derive.__qualname__}"
 
     @functools.wraps(derive)
     def derived(batch: PagedBatch) -> T:
-        found = known.get(batch)
+        known = batch.__dict__
+        found: T | None = known.get(name)
         if found is None:
-            found = known[batch] = derive(batch)
+            found = known[name] = derive(batch)
         return found
 
     return derived

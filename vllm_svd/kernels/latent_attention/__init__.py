@@ -49,14 +49,26 @@ def attend(
     A CPU also takes the bases of the other projections: without `rope`, k_up multiplies a query
     [.., d]; v_up [KV heads, d, v_rank] multiplies the output, [.., d].
     """
+    if compiled.attend(
+        query,
+        kv_cache,
+        batch,
+        output,
+        scale=scale,
+        layout=layout,
+        k_up=k_up,
+        rope=rope,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        v_up=v_up,
+    ):
+        return
     settings: dict[str, Any] = {
         **{"scale": scale, "layout": layout, "k_up": k_up, "rope": rope},
         **{"sliding_window": sliding_window, "soft_cap": soft_cap},
     }
     if not query.is_cuda:
-        settings["v_up"] = v_up
-        if not compiled.attend(query, kv_cache, batch, output, **settings):
-            cpu.attend(query, kv_cache, batch, output, **settings)
+        cpu.attend(query, kv_cache, batch, output, **settings, v_up=v_up)
         return
     from vllm_svd.kernels.latent_attention import triton
 

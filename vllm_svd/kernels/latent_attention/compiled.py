@@ -46,6 +46,8 @@ class Requests(NamedTuple):
     packed: bytes
     tensors: tuple[torch.Tensor, ...]
     """Their addresses are in `packed`."""
+    works: dict["Sizes", "Work"]
+    """Of the layers that have been asked for."""
 
     @classmethod
     def of(cls, batch: PagedBatch) -> "Requests":
@@ -60,7 +62,7 @@ class Requests(NamedTuple):
             },
         )
         tensors = starts, lengths, tables
-        return cls(count, batch.num_tokens, batch.max_query_len, packed, tensors)
+        return cls(count, batch.num_tokens, batch.max_query_len, packed, tensors, {})
 
 
 _requests = once_per_batch(Requests.of)
@@ -82,10 +84,12 @@ def attend(
 ) -> bool:
     """See vllm_svd.kernels.latent_attention; all that a CPU takes.
 
-    False, and nothing written, where numba is missing or a dtype is not known. Python's own time
-    counts here: a step of one request does this for every layer.
+    False, and nothing written, on a GPU, without numba, or where a dtype is not known.
+
+    A step of one request does this for every layer, with caches full of weights: each function
+    that is new to them costs microseconds.
     """
-    place = query.dtype, query.shape[1], query.stride(), output.dtype, output.stride()
+    place = query.dtype, query.stride(), output.dtype, output.stride()
     layer: Layer | None = layout.memo.get("attend")
     if (
         layer is None
@@ -102,13 +106,16 @@ def attend(
             bases = packed.bases(layout, kv_cache.dtype, k_up, v_up, rope)
         fixed = query, kv_cache, output, bases, layout, sliding_window
         layer = layout.memo["attend"] = _layer(place, *fixed)
-    requests = _requests(batch)
-    work = _work(layer.sizes, *_runs(layer.sizes.group, requests), torch.get_num_threads())
+    requests, sizes = _requests(batch), layer.sizes
+    work = requests.works.get(sizes)
+    if work is None:
+        threads = torch.get_num_threads()
+        work = requests.works[sizes] = _work(sizes, *_runs(sizes.group, requests), threads)
     scratch = native.scratch(work.size)
     addresses = query.data_ptr(), output.data_ptr(), scratch
     call = team.pack_call(scale * LOG2_E, (soft_cap or 0) * LOG2_E, *addresses)
     arguments = b"".join((call, requests.packed, layer.packed, work.packed))
-    native.run(team.team(), arguments, work.threads)
+    native.run(layer.code, arguments, work.threads)
     return True
 
 
@@ -118,10 +125,10 @@ def usable(
     kv_cache: torch.Tensor,
     *others: torch.Tensor | None,
 ) -> bool:
-    """Whether numba is there and these dtypes are known."""
+    """Whether a CPU with numba knows these dtypes."""
     known = {query.dtype, output.dtype, *(other.dtype for other in others if other is not None)}
     stored = kv_cache.dtype in KINDS or kv_cache.dtype == torch.uint8
-    return stored and known <= {*KINDS} and native.is_there()
+    return stored and known <= {*KINDS} and not query.is_cuda and native.is_there()
 
 
 class Sizes(NamedTuple):
@@ -146,6 +153,7 @@ class Layer(NamedTuple):
     cache: Callable[[], torch.Tensor | None]
     bases: packed.Bases
     sliding_window: int | None
+    code: Any
     packed: bytes
     sizes: Sizes
     arrays: Any
@@ -166,7 +174,7 @@ def _layer(
     if any(tensor.stride(-1) != 1 for tensor in tensors.values()):
         raise ValueError("latent_attention on a CPU needs tensors of contiguous rows")
     (_, groups, block_size, _), (_, heads, query_width) = kv_cache.shape, query.shape
-    k_up, v_up, _ = bases.ups
+    k_up, v_up = bases.ups.one, bases.ups.other
     up = v_up if k_up is None else k_up
     kv_heads, item = groups if up is None else len(up), kv_cache.element_size()
     v_width = 0 if v_up is None else v_up.shape[1]
@@ -208,6 +216,7 @@ def _layer(
         cache=weakref.ref(kv_cache),
         bases=bases,
         sliding_window=sliding_window,
+        code=team.team(),
         packed=native.packed(team.LAYER, arguments),
         sizes=sizes,
         arrays=arrays,

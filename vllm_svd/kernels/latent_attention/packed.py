@@ -36,8 +36,10 @@ class Bases(NamedTuple):
         """Whether of these very tensors, as they are."""
         if self.stored != stored or not self.ups.holds(k_up, v_up):
             return False
+        if self.rope is rope:
+            return True
         if self.rope is None or rope is None:
-            return self.rope is rope
+            return False
         return self.rope.cos_sin is rope.cos_sin and self.rope.is_neox == rope.is_neox
 
 
@@ -60,7 +62,7 @@ def bases(
         arrays.append(values)
         arguments |= {"v_up": values.data_ptr(), "v_up_stride_0": values.stride(0) * 4}
     if k_up is None:
-        return Bases(arguments, tuple(arrays), stored, Source.of(k_up, v_up), rope)
+        return Bases(arguments, tuple(arrays), stored, Source(k_up, v_up), rope)
     if rope is None:
         up = _padded(k_up, layout.k_rank)
     else:
@@ -86,7 +88,7 @@ def bases(
     up = _placed(up)
     arguments |= {"up": up.data_ptr()}
     arguments |= {f"up_stride_{dimension}": up.stride(dimension) * 4 for dimension in (0, 1)}
-    return Bases(arguments, (*arrays, up), stored, Source.of(k_up, v_up), rope)
+    return Bases(arguments, (*arrays, up), stored, Source(k_up, v_up), rope)
 
 
 def channels(rope: Rope, width: int) -> list[int]:

@@ -27,7 +27,7 @@ def store(
     `down` (bases [groups, rank, g * d] of both) key and value are [tokens, groups * g, d], and
     projected first.
     """
-    if not kv_cache.is_cuda and compiled.store(key, value, kv_cache, slot_mapping, layout, down):
+    if compiled.store(key, value, kv_cache, slot_mapping, layout, down):
         return
     if down is not None:
         key, value = project(key, down[0]), project(value, down[1])

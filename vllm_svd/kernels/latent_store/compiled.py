@@ -59,12 +59,12 @@ def store(
 ) -> bool:
     """See vllm_svd.kernels.latent_store; bytes of tiers are those of the codec.
 
-    False, and nothing written, where numba is missing or a dtype is not known. Python's own time
-    counts here: a step of one request does this for every layer.
+    False, and nothing written, on a GPU, without numba, or where a dtype is not known.
+
+    A step of one request does this for every layer, with caches full of weights: each function
+    that is new to them costs microseconds.
     """
-    if not native.is_there():
-        return False
-    tokens = len(slot_mapping)
+    tokens = slot_mapping.numel()
     if down is not None and tokens * (down[0].numel() + down[1].numel()) > FEW_PRODUCTS:
         key, value, down = project(key, down[0]), project(value, down[1]), None
     place = key.dtype, key.stride(), value.dtype, value.stride()
@@ -82,7 +82,7 @@ def store(
     threads = 1 if tokens * layer.channels <= FEW_CHANNELS else torch.get_num_threads()
     scratch = native.scratch(threads * layer.of_thread)
     step = _pack_step(0, 0, tokens, slots.data_ptr(), key.data_ptr(), value.data_ptr(), scratch)
-    native.run(_machine_code(), step + layer.packed, threads)
+    native.run(layer.code, step + layer.packed, threads)
     return True
 
 
@@ -92,10 +92,11 @@ def usable(
     kv_cache: torch.Tensor,
     down: Down | None,
 ) -> bool:
-    """Whether these dtypes are known, and those of keys and values equal."""
+    """Whether a CPU with numba knows these dtypes, those of keys and values equal."""
     pairs = [(key, value)] if down is None else [(key, value), down]
     known = all(one.dtype == other.dtype and one.dtype in KINDS for one, other in pairs)
-    return known and (kv_cache.dtype in KINDS or kv_cache.dtype == torch.uint8)
+    stored = kv_cache.dtype in KINDS or kv_cache.dtype == torch.uint8
+    return known and stored and not kv_cache.is_cuda and native.is_there()
 
 
 class Layer(NamedTuple):
@@ -104,6 +105,7 @@ class Layer(NamedTuple):
     place: tuple[Any, ...]
     cache: Callable[[], torch.Tensor | None]
     down: Source
+    code: Any
     packed: bytes
     channels: int
     of_thread: int
@@ -151,7 +153,8 @@ def _layer(
     return Layer(
         place=place,
         cache=weakref.ref(kv_cache),
-        down=Source.of(*(down or (None, None))),
+        down=Source(*(down or (None, None))),
+        code=_machine_code(),
         packed=native.packed(LAYER, arguments),
         channels=groups * (layout.k_rank + layout.v_rank),
         of_thread=end,

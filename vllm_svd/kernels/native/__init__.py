@@ -25,7 +25,19 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TIERS = -1
 LANES = 16  # entries of a vector: tokens or channels side by side
 
-_memory = threading.local()
+
+class _Memory(threading.local):
+    """A thread's own, in whole cache lines."""
+
+    size = -1
+    address = 0
+
+    def reserve(self, size: int) -> None:
+        self.tensor = torch.empty(size + 64, dtype=torch.uint8)
+        self.address, self.size = lines(self.tensor.data_ptr()), size
+
+
+_memory = _Memory()
 
 
 @functools.cache
@@ -79,11 +91,9 @@ def _openmp() -> Any:
 
 def scratch(size: int) -> int:
     """Address of so many bytes, this thread's until its next call."""
-    memory: torch.Tensor | None = getattr(_memory, "tensor", None)
-    if memory is None or memory.numel() < size + 64:
-        memory = _memory.tensor = torch.empty(size + 64, dtype=torch.uint8)
-        _memory.address = lines(memory.data_ptr())
-    return int(_memory.address)
+    if size > _memory.size:
+        _memory.reserve(size)
+    return _memory.address
 
 
 def lines(size: int) -> int:

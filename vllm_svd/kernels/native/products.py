@@ -97,10 +97,6 @@ def _block(rows, vectors, half):
                 [[cgutils.alloca_once_value(builder, zero) for _ in of] for of in targets]
                 for _ in range(chains)
             ]
-            for totals, places in zip(sums[0], targets, strict=True):
-                for total, place in zip(totals, places, strict=True):
-                    before = builder.select(kept, builder.load(place, align=4), zero)
-                    builder.store(before, total)
             starts = [builder.add(a, builder.mul(word(row), a_stride)) for row in range(rows)]
 
             def step(k, chain):
@@ -122,7 +118,9 @@ def _block(rows, vectors, half):
                 step(k, sums[0])
             for row, places in enumerate(targets):
                 for v, place in enumerate(places):
+                    # What was there comes last: many small terms, one by one, would be lost in it.
                     found = [builder.load(chain[row][v]) for chain in sums]
+                    found.append(builder.select(kept, builder.load(place, align=4), zero))
                     builder.store(functools.reduce(builder.fadd, found), place, align=4)
             return context.get_dummy_value()
 
