@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled_cases import ALL, WHOLE, build, check
+from compiled_cases import ALL, FP8, WHOLE, build, check
 from paged_cases import Case
 
 from vllm_svd.kernels import native
 from vllm_svd.kernels.latent_layout import LatentLayout
 
 if native.is_there():
-    from vllm_svd.kernels.native import features
+    from vllm_svd.kernels.native import features, matrix
 
 pytestmark = [
     pytest.mark.skipif(not native.is_there(), reason="needs numba"),
@@ -70,11 +70,15 @@ def test_products_in_bf16_are_exact_where_they_are_used():
     assert paired == [features.has("avx512bf16", "avx512bw"), False]
 
 
-# What LLVM calls the vector units of CPUs that others have.
+# What LLVM calls the units of CPUs that others have.
+_AVX2 = "+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2"
+_AVX512 = f"{_AVX2},+avx512f,+avx512bw,+avx512vl,+avx512dq"
 OTHER_CPUS = {
-    "haswell": "+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2",
-    "skylake-avx512": "+sse4.2,+avx,+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl,+avx512dq",
+    "haswell": _AVX2,
+    "skylake-avx512": _AVX512,
+    "cooperlake": f"{_AVX512},+avx512bf16",
 }
+NEWER = ("avx512f", "avx512bf16", "avx512vbmi", "amx-bf16")
 
 
 @pytest.mark.parametrize("cpu", OTHER_CPUS)
@@ -82,13 +86,14 @@ def test_other_cpus(cpu):
     """With fewer units than this one may have, which this one then has to do without, too."""
     if not features.has(*OTHER_CPUS[cpu].replace("+", "").split(",")):
         pytest.skip(f"this CPU cannot do all that a {cpu} does")
-    program = """
+    lacks = [name for name in NEWER if f"+{name}" not in OTHER_CPUS[cpu].split(",")]
+    program = f"""
 import torch
 from compiled_cases import ALL, INT8_4_2, WHOLE, build, check
 from vllm_svd.kernels.native import features
-assert not features.has("avx512bf16") and not features.has("avx512vbmi")
+assert not any(features.has(name) for name in {lacks})
 torch.set_num_threads(2)
-for shape in ({}, {"tiers": INT8_4_2}, {"tiers": WHOLE, "kv_heads": 4, "shared": 2}):
+for shape in ({{}}, {{"tiers": INT8_4_2}}, {{"tiers": WHOLE, "kv_heads": 4, "shared": 2}}):
     for dtype in (torch.float32, torch.bfloat16):
         for mode in ("pre", "post"):
             check(build([*ALL, (90, 130)], mode=mode, dtype=dtype, d=64, **shape))
@@ -96,3 +101,18 @@ for shape in ({}, {"tiers": INT8_4_2}, {"tiers": WHOLE, "kv_heads": 4, "shared":
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     environment |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": OTHER_CPUS[cpu]}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize("head", [{"d": 32}, {"d": 40}, {"d": 80, "rotary_dim": 32}, {"d": 256}])
+@pytest.mark.parametrize("tiers", [None, WHOLE, FP8], ids=["no", "842", "fp8"])
+def test_matrix_units(head, tiers):
+    """Of which tiles are whole: what pads them meets latents of other tiers, or none."""
+    if not matrix.THERE:
+        pytest.skip("this CPU has no matrix units")
+    for shape in ({}, {"neox": False}, {"kv_heads": 4, "shared": 2}):
+        cases = [
+            build(ALL, dtype=torch.bfloat16, tiers=tiers, **head, **shape, seed=s) for s in (0, 1)
+        ]
+        check(*map(in_fp32, cases))
+        for case in cases:
+            assert case.settings["layout"].memo["attend"].bases.arguments["by_matrix"]

@@ -275,6 +275,7 @@ def _work(sizes: Sizes, runs: int, most_tokens: int, threads: int) -> Work:
         "s_scales": TILE,
         "s_quotients": sizes.tiers * TILE,
         "s_keys": sizes.width * TILE,
+        "s_sums": max(1, sizes.tiers) * (sizes.width + 2 * LANES) * LANES,
         "s_v": TILE * value_stride,
         "s_weights": heads_rows * TILE,
         "s_mixed": heads_rows * v_stride,

@@ -13,6 +13,7 @@ from vllm_svd.kernels.native.memory import (
     floats,
     ints,
     octets,
+    prefetch,
     widen,
     words,
 )
@@ -80,6 +81,11 @@ def _load_keys(c, source, stride, used, done, base):
             for t in range(used):
                 widen(c.cache_kind, source + t * stride, c.k_rank, rows + t * row)
         transpose_words(rows, row, c.k_rank, target, 4 * TILE)
+    if c.by_matrix:  # what zeros of the padded bases meet must be numbers
+        for row in range(c.num_pairs, c.num_pairs + LANES - 1):
+            zeros = words(target + 4 * TILE * row)
+            for t in range(LANES):
+                zeros[t] = 0
 
 
 @compiled
@@ -98,8 +104,10 @@ def _load_values(c, source, stride, used, target, spare):
 
 
 @compiled
-def load_latents(c, table, group, first, count, base):
+def load_latents(c, table, group, first, count, end, base):
     """Of `count` positions from `first` the key latents; address of the value latents.
+
+    Those of the next tile, before `end`, are asked for: they come while this one is computed.
 
     That is in the page where they can be read there, in the cache's dtype. Lanes of the last vector
     that are no tokens may hold anything.
@@ -111,6 +119,11 @@ def load_latents(c, table, group, first, count, base):
         values = page + slot * c.cache_stride_2 + c.k_rank * c.cache_item
     for done in range(0, count, LANES):
         used = min(LANES, count - done)
+        ahead = first + done + TILE
+        if ahead < end:
+            block, slot = divmod(ahead, c.block_size)
+            later = _page(c, table, group, block) + slot * c.cache_stride_2
+            prefetch(later, LANES * c.slot_bytes)
         source, stride = _slots(c, table, group, first + done, used, base)
         _load_keys(c, source, stride, used, done, base)
         if values == base + c.s_v:

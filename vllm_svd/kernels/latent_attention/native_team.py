@@ -12,6 +12,7 @@ from numba import carray, cfunc, types
 
 from vllm_svd.kernels.latent_attention.native_keys import rebuild_keys, rebuild_keys_of_pairs
 from vllm_svd.kernels.latent_attention.native_latents import load_latents
+from vllm_svd.kernels.latent_attention.native_matrix_keys import rebuild_keys_by_matrix
 from vllm_svd.kernels.latent_attention.native_tiles import cap, exp2, fill, largest, multiply
 from vllm_svd.kernels.latent_attention.team import (
     ENOUGH_PER_THREAD,
@@ -116,7 +117,10 @@ def _score(c, head, first, count, row, rows, base):
         up, keys, width = c.up + head * c.up_stride_0, base + c.s_keys, c.width
         turns = c.angles + 4 * first * c.width  # a tile begins with a vector of positions
         latents, quotients = base + c.s_latents, base + c.s_quotients
-        if c.paired:
+        if c.by_matrix:
+            sums = base + c.s_sums
+            rebuild_keys_by_matrix(c, up, latents, quotients, turns, keys, columns, sums)
+        elif c.paired:
             rebuild_keys_of_pairs(c, up, latents, quotients, turns, keys, columns)
         else:
             rebuild_keys(c, up, latents, quotients, turns, keys, columns)
@@ -276,7 +280,7 @@ def _run_item(c, counts, unit, heads, run, part, length_of_part, base):
     end = min(begin + length_of_part, length)
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
-        values = load_latents(c, table, first_head // c.shared, first, count, base)
+        values = load_latents(c, table, first_head // c.shared, first, count, end, base)
         for i in range(heads):
             _score(c, first_head + i, first, count, i * rows, rows, base)
         if tokens == 1:  # heads see the same

@@ -73,14 +73,16 @@ def bases(
         up[:, [channel < 0 for channel in order]] = 0
         pairs = _pairs_for(layout, stored, k_up)
         spans = [[0, layout.k_rank]]
+        by_matrix = pairs is not None and len(order) // 2 >= LANES and _has_matrix_units()
         if pairs is not None:
-            up = _in_pairs(up, [pair for tier in pairs for pair in tier])
+            up = torch.cat([_in_pairs(up, tier, by_matrix) for tier in pairs], dim=-1)
             ends = np.cumsum([0, *(len(tier) for tier in pairs)]).tolist()
             spans = [list(ends[i : i + 2]) for i in range(len(pairs))]
         of_spans = np.array(spans, dtype=np.int64)
         arrays += [turned, used, of_spans]
         arguments |= {
             **{"rebuilt": 1, "paired": pairs is not None, "width": len(order)},
+            **{"by_matrix": by_matrix, "num_pairs": spans[-1][1]},
             **{"order": used.ctypes.data, "angles": turned.data_ptr()},
             **{"spans": of_spans.ctypes.data, "num_spans": len(spans)},
             "in_order": order == list(range(k_up.shape[1])),
@@ -131,6 +133,12 @@ def spreads() -> bool:
     return spread.THERE
 
 
+def _has_matrix_units() -> bool:
+    from vllm_svd.kernels.native import matrix
+
+    return matrix.THERE
+
+
 def _pairs_for(
     layout: LatentLayout, stored: torch.dtype, k_up: torch.Tensor
 ) -> list[list[tuple[int, int]]] | None:
@@ -145,10 +153,14 @@ def _pairs_for(
     return [[(i, i + 1) for i in range(0, layout.k_rank, 2)]]
 
 
-def _in_pairs(up: torch.Tensor, pairs: list[tuple[int, int]]) -> torch.Tensor:
-    """Bases [.., rank], exact in bf16, as words [.., pairs] of two channels each."""
+def _in_pairs(up: torch.Tensor, pairs: list[tuple[int, int]], tiled: bool) -> torch.Tensor:
+    """Bases [.., rank], exact in bf16, as words [.., pairs] of two channels each.
+
+    Zeros make whole tiles of them if `tiled`.
+    """
     both = up[..., torch.tensor(pairs)].bfloat16().contiguous()
-    return both.view(torch.int32)[..., 0]
+    words = both.view(torch.int32)[..., 0]
+    return torch.nn.functional.pad(words, (0, -len(pairs) % LANES)) if tiled else words
 
 
 def _padded(basis: torch.Tensor, columns: int) -> torch.Tensor:

@@ -30,13 +30,13 @@ k_runs k_num_runs v_runs v_num_runs scale_table v_begins v_tables v_vectors
 query_kind query_stride_0 query_stride_1 query_width
 output_kind output_stride_0 output_stride_1
 shared group width k_rank v_rank
-up up_stride_0 up_stride_1 rebuilt paired spans num_spans order in_order angles
+up up_stride_0 up_stride_1 rebuilt paired by_matrix num_pairs spans num_spans order in_order angles
 v_up v_up_stride_0 v_width
 """
 _MEMORY = """
 max_rows max_runs max_states num_threads threads_scratch scratch_stride
 query_stride key_stride value_stride
-s_query s_result s_slots s_words s_rows s_latents s_scales s_quotients s_keys s_v
+s_query s_result s_slots s_words s_rows s_latents s_scales s_quotients s_keys s_sums s_v
 s_weights s_mixed s_highest s_total s_row
 """
 CALL, BATCH, LAYER, MEMORY = (tuple(names.split()) for names in (_CALL, _BATCH, _LAYER, _MEMORY))

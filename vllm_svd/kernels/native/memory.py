@@ -61,6 +61,25 @@ def count_up(typingctx, address):
     return types.int64(types.int64), generate
 
 
+@intrinsic
+def _prefetch(typingctx, address):
+    def generate(context, builder, signature, arguments):
+        place, word = builder.inttoptr(arguments[0], cgutils.voidptr_t), ir.IntType(32)
+        signature = ir.FunctionType(ir.VoidType(), [place.type, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+        builder.call(function, [place, word(0), word(3), word(1)])  # to read, soon, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@compiled
+def prefetch(address, size):
+    """Ask for so many bytes ahead of their use."""
+    for line in range(address, address + size, 64):
+        _prefetch(line)
+
+
 @compiled
 def ints(address):
     """The int64 array at an address."""
