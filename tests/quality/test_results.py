@@ -65,6 +65,7 @@ def test_every_checkpoint_gave_what_its_run_measured(found):
 
 
 AVX2, AVX512 = "amd-epyc-2-cores", "amd-epyc-avx512-2-cores"
+AMX = "intel-xeon-amx-2-cores"
 
 TIERS = sorted(RESULTS.glob("*/kv_tiers*/*.json"))
 MOST = {0.25: 0.002, 0.125: 0.01, 0.0625: 0.04}  # of perplexity, at shares of the cache's bytes
@@ -142,6 +143,7 @@ def test_tiers_were_measured_on_grouped_heads_and_on_heads_with_a_norm_each():
         (AVX2, "serving_tiers_fp32", {"tiers": 1.4, "post": 1.6}),
         (AVX512, "serving_tiers", {"int8": 1.6, "tiers": 1.6}),
         (AVX512, "serving_tiers_fp32", {"int8": 1.6, "tiers": 1.6}),
+        (AMX, "serving_tiers", {"tiers": 1.6}),
     ],
 )
 def test_tokens_per_second_in_the_same_bytes_of_cache(machine, name, least):
@@ -159,9 +161,10 @@ def test_tokens_per_second_in_the_same_bytes_of_cache(machine, name, least):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_decode_steps_of_one_request_in_turn_with_dense_ones(dtype):
-    report = Report.model_validate_json((RESULTS / AVX512 / "engine.json").read_text())
-    rows = {row.engine: row for row in report.rows if (row.dtype, row.batch) == (dtype, 1)}
+@pytest.mark.parametrize(("machine", "batch"), [(AVX512, 1), (AMX, 1), (AMX, 16)])
+def test_decode_steps_of_few_requests_in_turn_with_dense_ones(machine, batch, dtype):
+    report = Report.model_validate_json((RESULTS / machine / "engine.json").read_text())
+    rows = {row.engine: row for row in report.rows if (row.dtype, row.batch) == (dtype, batch)}
     for engine in ("pre", "post", "tiers"):
         assert rows[engine].perplexity < 1.02 * rows["dense"].perplexity
         assert median(rows[engine].times_dense) >= 0.97
