@@ -103,6 +103,19 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
 class ProjectingImpl(LatentImpl):
     """An implementation that stores and projects by itself: it is given what a dense one is."""
 
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write latents of key and value [tokens, KV heads, d] to their slots."""
+        bases = layer._parameters  # a module's __getattr__ would cost as much as the products
+        down = (bases["k_down"], bases["v_down"])
+        latent_store.store(key, value, kv_cache, slot_mapping, self.layout, down)
+
     def forward(
         self,
         layer: Any,
@@ -117,10 +130,8 @@ class ProjectingImpl(LatentImpl):
     ) -> torch.Tensor:
         """query, output [tokens, heads, d]; key, value [tokens, KV heads, d] go to their slots."""
         if attn_metadata is not None:
-            bases = layer._parameters  # a module's __getattr__ would cost as much as the products
-            down = (bases["k_down"], bases["v_down"])
             slots = attn_metadata.slot_mapping
-            latent_store.store(key, value, kv_cache, slots, self.layout, down)
+            self.do_kv_cache_update(layer, key, value, kv_cache, slots)
         return super().forward(
             layer,
             query,

@@ -82,7 +82,7 @@ def attend(
     soft_cap: float | None,
     v_up: torch.Tensor | None = None,
 ) -> bool:
-    """See vllm_svd.kernels.latent_attention; all that a CPU takes.
+    """See vllm_svd.kernels.latent_attention; all that a CPU takes, of one layer and its heads.
 
     False, and nothing written, on a GPU, without numba, or where a dtype is not known.
 
@@ -126,9 +126,11 @@ def usable(
     *others: torch.Tensor | None,
 ) -> bool:
     """Whether a CPU with numba knows these dtypes."""
+    if query.is_cuda:
+        return False
     known = {query.dtype, output.dtype, *(other.dtype for other in others if other is not None)}
     stored = kv_cache.dtype in KINDS or kv_cache.dtype == torch.uint8
-    return stored and known <= {*KINDS} and not query.is_cuda and native.is_there()
+    return stored and known <= {*KINDS} and native.is_there()
 
 
 class Sizes(NamedTuple):

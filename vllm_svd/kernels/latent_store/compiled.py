@@ -66,6 +66,8 @@ def store(
     """
     tokens = slot_mapping.numel()
     if down is not None and tokens * (down[0].numel() + down[1].numel()) > FEW_PRODUCTS:
+        if not native.is_there():
+            return False
         key, value, down = project(key, down[0]), project(value, down[1]), None
     place = key.dtype, key.stride(), value.dtype, value.stride()
     layer: Layer | None = layout.memo.get("store")
@@ -93,10 +95,12 @@ def usable(
     down: Down | None,
 ) -> bool:
     """Whether a CPU with numba knows these dtypes, those of keys and values equal."""
+    if kv_cache.is_cuda:
+        return False
     pairs = [(key, value)] if down is None else [(key, value), down]
     known = all(one.dtype == other.dtype and one.dtype in KINDS for one, other in pairs)
     stored = kv_cache.dtype in KINDS or kv_cache.dtype == torch.uint8
-    return known and stored and not kv_cache.is_cuda and native.is_there()
+    return known and stored and native.is_there()
 
 
 class Layer(NamedTuple):

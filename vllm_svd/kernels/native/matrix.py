@@ -68,7 +68,10 @@ def configure(typingctx):
 
 @intrinsic
 def release(typingctx):
-    """Leave the registers as they were before: nothing to save when threads are switched."""
+    """Clear the registers and what configured them: nothing to save when threads are switched.
+
+    So no other library may expect its own configuration to outlive an operator on this thread.
+    """
 
     def generate(context, builder, signature, arguments):
         _call(builder, "tilerelease")
