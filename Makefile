@@ -43,7 +43,7 @@ demo: $(STAMP)
 	    --requests 32 --input-len 192 --output-len 96 --concurrency 16 --enforce-eager
 	@echo "The report: $(DEMO)/report/report.html"
 
-# Two processes, which share the files out.
+# Two processes: one for the engines, one for the rest.
 test: lint
 	$(BIN)/python -m pytest -q -n 2
 

@@ -42,10 +42,7 @@ settings.load_profile("untimed")
 
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / "examples" / "wiki-llama-s"
-# Files whose tests read what the same engines gave.
-OF_THE_SAME_ENGINES = tuple(
-    f"tests/integration/test_{name}.py" for name in ("engine", "features", "tensor_parallel")
-)
+ENGINES = ("tests/integration/", "tests/serving/")
 DEMO_TEXT = ROOT / "examples" / "wikitext-2" / "test.txt"
 
 _SHAPE = {
@@ -93,15 +90,14 @@ _DEVIATIONS = {
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Files go to whichever process is free, but those of the same engines to one and first."""
+    """Of several processes one runs all engines: they share what is made once per session."""
     from xdist.scheduler import LoadScopeScheduling
 
     class EnginesInOne(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            return "engines" if file in OF_THE_SAME_ENGINES else file
+            return "engines" if file.startswith(ENGINES) else file
 
-    config.option.loadscopereorder = False  # by number of tests, these would not be first
     return EnginesInOne(config, log)
 
 
