@@ -22,6 +22,14 @@ _ROW = 4 * TILE  # bytes
 _ANGLES = 4 * LANES
 
 
+def turned(builder, x, y, cos, sin):
+    """Channels and those they are paired with, as RoPE turns them."""
+    fast = {"flags": ("contract",)}
+    first = builder.fsub(builder.fmul(x, cos, **fast), builder.fmul(y, sin, **fast), **fast)
+    second = builder.fadd(builder.fmul(y, cos, **fast), builder.fmul(x, sin, **fast), **fast)
+    return first, second
+
+
 def _block(rows, vectors, paired):
     """So many channels and the one that each is paired with, of so many vectors of tokens."""
 
@@ -83,19 +91,13 @@ def _block(rows, vectors, paired):
                                 product = builder.fmul(left, right, flags=("contract",))
                                 added = builder.fadd(before, product, flags=("contract",))
                             builder.store(added, total)
-            fast = {"flags": ("contract",)}
             for row in range(rows):
                 for v in range(vectors):
                     turn = moved(angles, builder.mul(_WORD(v), angles_stride))
                     turn = moved(turn, _ANGLES * row)
                     cos, sin = read(turn), read(moved(turn, angles_half))
                     x, y = builder.load(sums[row][v]), builder.load(sums[rows + row][v])
-                    first = builder.fsub(
-                        builder.fmul(x, cos, **fast), builder.fmul(y, sin, **fast), **fast
-                    )
-                    second = builder.fadd(
-                        builder.fmul(y, cos, **fast), builder.fmul(x, sin, **fast), **fast
-                    )
+                    first, second = turned(builder, x, y, cos, sin)
                     out = moved(keys, _ROW * row + 4 * LANES * v)
                     for found, place in ((first, out), (second, moved(out, keys_half))):
                         builder.store(found, builder.inttoptr(place, VECTOR.as_pointer()), align=4)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from vllm_svd.kernels.latent_attention.native_tiles import fill
 from vllm_svd.kernels.latent_attention.team import TILE
 from vllm_svd.kernels.native import LANES, TIERS
 from vllm_svd.kernels.native.codec import decode
@@ -83,9 +84,7 @@ def _load_keys(c, source, stride, used, done, base):
         transpose_words(rows, row, c.k_rank, target, 4 * TILE)
     if c.by_matrix:  # what zeros of the padded bases meet must be numbers
         for row in range(c.num_pairs, c.num_pairs + LANES - 1):
-            zeros = words(target + 4 * TILE * row)
-            for t in range(LANES):
-                zeros[t] = 0
+            fill(target + 4 * TILE * row, LANES, 0)
 
 
 @compiled

@@ -9,13 +9,14 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from vllm_svd.kernels.latent_attention.native_keys import turned
 from vllm_svd.kernels.latent_attention.team import TILE
 from vllm_svd.kernels.native import LANES, matrix
 from vllm_svd.kernels.native.memory import VECTOR, compiled, ints
 
 _WORD = ir.IntType(64)
 _ROW = 4 * TILE  # bytes of a row of latents, keys and quotients
-_FEW = {"flags": ("contract",)}
+_FAST = {"flags": ("contract",)}
 # Registers: the sums of 16 channels and of those they are paired with, their bases, latents.
 _SUMS, _BASES, _LATENTS = (0, 1), (2, 3), 4
 
@@ -66,16 +67,13 @@ def _turn(typingctx, sums, spans, quotients, angles, angles_half, keys, keys_hal
                 quotient = read(quotients, span, _ROW)
                 for start, total in zip(of, both, strict=True):
                     start = builder.add(start, builder.mul(span, _WORD(2 * matrix.TILE_BYTES)))
-                    scaled = builder.fmul(builder.load(total), quotient, **_FEW)
+                    scaled = builder.fmul(builder.load(total), quotient, **_FAST)
                     more = read(start, row, 4 * LANES)
-                    builder.store(builder.fadd(scaled, more, **_FEW), total)
+                    builder.store(builder.fadd(scaled, more, **_FAST), total)
             x, y = (builder.load(total) for total in both)
             cos = read(angles, row, 4 * LANES)
             sin = read(builder.add(angles, angles_half), row, 4 * LANES)
-            first = builder.fsub(builder.fmul(x, cos, **_FEW), builder.fmul(y, sin, **_FEW), **_FEW)
-            second = builder.fadd(
-                builder.fmul(y, cos, **_FEW), builder.fmul(x, sin, **_FEW), **_FEW
-            )
+            first, second = turned(builder, x, y, cos, sin)
             builder.store(first, at(keys, row, _ROW), align=4)
             builder.store(second, at(builder.add(keys, keys_half), row, _ROW), align=4)
         return context.get_dummy_value()
