@@ -80,7 +80,7 @@ def expected_cost(
     whole = allocator.windows_read(len(made)) * recipe.calibration.context
     probed = spectra = 0
     if recipe.kv.measures:  # energies of every channel of keys and values
-        spectra = 2 * 8 * len(layers) * recipe.kv.group * layers[0].head_dim
+        spectra = 2 * 8 * len(layers) * layers[0].kv_heads * layers[0].head_dim
     if recipe.kv.measures and recipe.kv.allocator == "measured":
         probed = min(PROBE_WINDOWS, recipe.calibration.samples) * recipe.calibration.context
         spectra += 2 * 8 * len(layers)  # and an exchange rate

@@ -13,8 +13,9 @@ from vllm_svd.format import STORES, Side
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-_PARTS = ("model's dtype", *STORES)
-_COLOURS = dict(zip(_PARTS, ("C7", "C4", "C0", "C1", "C2"), strict=True))
+_FILL = "fill"
+_PARTS = ("model's dtype", *STORES, _FILL)
+_COLOURS = dict(zip(_PARTS, ("C7", "C4", "C0", "C1", "C2", "C3"), strict=True))
 
 
 def cache_bytes(
@@ -60,11 +61,16 @@ def draw(plan: RankPlan, out: Path) -> None:
 
 
 def side_bytes(cache: CachePlan, side: Side, item_bytes: int) -> dict[str, int]:
-    """Bytes of one token over all KV heads, by what they are stored as."""
+    """Bytes of one token over all KV heads, by what they are stored as.
+
+    What fills slots up counts to the values, as in the plan.
+    """
     projection = cache.projection
     if projection is None:
         return {_PARTS[0]: cache.dense_bytes(item_bytes) // 2}
     rank, tiers = projection.latent(side)
     stored: dict[str, int] = {tier.store: tier.bytes for tier in tiers}
     stored = stored or {_PARTS[0]: rank * item_bytes}
+    fill = projection.slot_shares(item_bytes)[side == "value"] - sum(stored.values())
+    stored |= {_FILL: fill} if fill else {}
     return {name: projection.groups * size for name, size in stored.items()}

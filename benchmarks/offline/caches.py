@@ -94,7 +94,8 @@ def quantised_point(
     """The dense model with its keys and values in few bits, a scale for every token and head.
 
     Keys are quantised behind RoPE, as servers do; both are rotated within the head first, and the
-    scale is that of least error, which most servers leave out: the baseline at its best.
+    scale is that of least error, which most servers leave out: the baseline at its best. Its bytes
+    are those of codes and scales alone, whatever a server would fill up.
     """
     model = reference.load(directory, dense.device, dense.dtype)
     config, family = model.config, family_of(model.config)
@@ -103,7 +104,8 @@ def quantised_point(
     for path in paths:
         reference.install_kv(model.get_submodule(path), family, path, bases)
     found = {text.name: text.compare(dense, model, batch, progress) for text in texts}
-    size = bases.config.bytes_per_token(item_bytes) * len(paths)
+    tiers = (*bases.config.k_tiers, *bases.config.v_tiers)
+    size = bases.config.groups * sum(tier.bytes for tier in tiers) * len(paths)
     whole = 2 * config.num_key_value_heads * head_dim(config) * item_bytes * len(paths)
     perplexity = next(iter(found.values())).perplexity
     return Point(

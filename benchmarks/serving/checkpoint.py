@@ -53,11 +53,16 @@ def _cached_bytes(config: dict[str, Any], item_bytes: int) -> int:
 
 
 def _latent_bytes(layer: dict[str, Any], item_bytes: int) -> int:
-    """Of one token and group; every tier has a scale of one byte."""
+    """Of one token and group.
+
+    Codes of every tier take whole words, and scales of one byte what these leave, or more words.
+    """
     tiers = [*layer.get("k_tiers", ()), *layer.get("v_tiers", ())]
     if not tiers:
         return int((layer["k_rank"] + layer["v_rank"]) * item_bytes)
-    return sum(tier["channels"] * _STORED_BITS[tier["store"]] // 8 + 1 for tier in tiers)
+    codes = [int(tier["channels"]) * _STORED_BITS[tier["store"]] // 8 for tier in tiers]
+    words = sum(-(-size // 4) for size in codes)
+    return 4 * words + -(-max(0, len(tiers) - (4 * words - sum(codes))) // 4) * 4
 
 
 def read_config(directory: Path) -> dict[str, Any]:

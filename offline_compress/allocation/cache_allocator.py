@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offline_compress.allocation.cache_menu import Latent, Offer, largest_within, menu
+from offline_compress.allocation.cache_menu import Latent, Slot, largest_within, menu, slots
 from offline_compress.allocation.kv_budget import KVBudget
 
 # Windows of the calibration text that every probe of a layer reads.
@@ -21,7 +21,7 @@ _LEAST_EXCHANGE = 1e-3
 class CacheEvidence:
     """Of every layer what its key and its value channels hold, and what losing it costs.
 
-    `energies`: [channels] each, strongest first, summed over groups (kv.channel_energies).
+    `energies`: [groups, channels] each, strongest first (kv.channel_energies).
     `exchange`: KL to the dense model in nats per token, over the energy that a probe lost; None
     where the allocator did not ask for it.
     """
@@ -36,31 +36,37 @@ def spread(
     """Key and value latent of every layer; `sizes` are bytes of each that uniform would give.
 
     `uniform` cuts all layers alike, where the energy they lose is least on average over layers, as
-    a fraction of what each holds. `measured` spends the bytes of all layers and both sides together
-    by damage: lost energy times its exchange rate, with at most SHAPES shapes of a page.
+    a fraction of what each holds; what keys leave of `kept` is the values'. `measured` spends
+    the bytes of all layers and both sides together by damage: lost energy times its exchange rate,
+    with at most SHAPES shapes of a page.
     """
     if evidence.exchange is None:
-        mean = [
-            sum(energies[side] / energies[side].sum().clamp_min(1e-300) for energies in of_layers)
-            for side, of_layers in ((0, evidence.energies), (1, evidence.energies))
-        ]
-        chosen = [
-            largest_within(
-                menu(torch.as_tensor(energy), budget.store, budget.rank_multiple, item_bytes), size
-            ).latent
-            for energy, size in zip(mean, sizes, strict=True)
-        ]
-        return [(chosen[0], chosen[1])] * len(evidence.energies)
+        keys, values = (
+            menu(
+                torch.cat([energy / energy.sum().clamp_min(1e-300) for energy in of_layers]),
+                budget.store,
+                budget.rank_multiple,
+                item_bytes,
+            )
+            for of_layers in zip(*evidence.energies, strict=True)
+        )
+        key = largest_within(keys, sizes[0])
+        for_values = sizes[1] if budget.v_kept or budget.k_kept else sum(sizes) - key.bytes
+        slot = largest_within(slots([key], values), key.bytes + for_values)
+        return [(slot.key, slot.value)] * len(evidence.energies)
     damages = _damages(evidence)
     total = sum(sizes) * len(damages)
     alone = [[layer] for layer in range(len(damages))]
     clusters = alone
     if len(alone) > SHAPES:
-        clusters = _clusters(_spent(alone, damages, budget, total, item_bytes))
-    offers = _spent(clusters, damages, budget, total, item_bytes)
+        chosen = _spent(alone, damages, budget, total, item_bytes)
+        clusters = _clusters(
+            [[side.bytes(item_bytes) for side in (slot.key, slot.value)] for slot in chosen]
+        )
+    chosen = _spent(clusters, damages, budget, total, item_bytes)
     of_layer = {
-        layer: (key.latent, value.latent)
-        for cluster, (key, value) in zip(clusters, offers, strict=True)
+        layer: (slot.key, slot.value)
+        for cluster, slot in zip(clusters, chosen, strict=True)
         for layer in cluster
     }
     return [of_layer[layer] for layer in range(len(damages))]
@@ -85,19 +91,19 @@ def _spent(
     budget: KVBudget,
     total: float,
     item_bytes: int,
-) -> list[tuple[Offer, Offer]]:
+) -> list[Slot]:
     """Key and value of each cluster, whose layers all get the same."""
-    menus, counts = [], []
+    menus = []
     for cluster in clusters:
-        for side in (0, 1):
-            energy = torch.stack([damages[layer][side] for layer in cluster]).sum(0)
-            menus.append(menu(energy, budget.store, budget.rank_multiple, item_bytes))
-            counts.append(len(cluster))
-    chosen = _greedy(menus, counts, total)
-    return list(zip(chosen[::2], chosen[1::2], strict=True))
+        keys, values = (
+            menu(torch.cat(of_layers), budget.store, budget.rank_multiple, item_bytes)
+            for of_layers in zip(*(damages[layer] for layer in cluster), strict=True)
+        )
+        menus.append(slots(keys, values))
+    return _greedy(menus, [len(cluster) for cluster in clusters], total)
 
 
-def _greedy(menus: Sequence[list[Offer]], counts: Sequence[int], total: float) -> list[Offer]:
+def _greedy(menus: Sequence[list[Slot]], counts: Sequence[int], total: float) -> list[Slot]:
     """The offer of each menu; those of `counts` layers cost as often.
 
     The best gain per byte first: optimal up to the last step on the convex hulls. An offer that
@@ -105,7 +111,7 @@ def _greedy(menus: Sequence[list[Offer]], counts: Sequence[int], total: float) -
     """
     chosen = [offers[0] for offers in menus]
     left = total - sum(count * offer.bytes for offer, count in zip(chosen, counts, strict=True))
-    queue: list[tuple[float, int, Offer]] = []
+    queue: list[tuple[float, int, Slot]] = []
 
     def push(item: int) -> None:
         now = chosen[item]
@@ -134,10 +140,10 @@ def _greedy(menus: Sequence[list[Offer]], counts: Sequence[int], total: float) -
     return chosen
 
 
-def _clusters(offers: Sequence[tuple[Offer, Offer]]) -> list[list[int]]:
+def _clusters(sizes: Sequence[list[int]]) -> list[list[int]]:
     """At most SHAPES sets of layers of like page sizes: Ward's agglomeration of (K, V) bytes."""
-    clusters = [[layer] for layer in range(len(offers))]
-    centres = [torch.tensor([float(k.bytes), float(v.bytes)]) for k, v in offers]
+    clusters = [[layer] for layer in range(len(sizes))]
+    centres = [torch.tensor(pair, dtype=torch.float32) for pair in sizes]
     while len(clusters) > SHAPES:
         pairs = [(i, j) for i in range(len(clusters)) for j in range(i + 1, len(clusters))]
 

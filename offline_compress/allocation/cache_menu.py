@@ -1,13 +1,14 @@
 """What a key or value latent may become at every size, and the least that it loses there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from offline_compress.linalg import relative_noise
-from vllm_svd.format import Store, Tier, latent_bytes
+from vllm_svd.format import Store, Tier, latent_bytes, slot_bytes
 
 CacheStore = Literal["model", "fp8_e4m3", "int8", "int4", "tiers"]
 
@@ -34,6 +35,18 @@ class Offer(NamedTuple):
     latent: Latent
     bytes: int
     lost: float
+
+
+class Slot(NamedTuple):
+    """Both latents of a token and group, their bytes with what fills them up, and what is lost."""
+
+    key: Latent
+    value: Latent
+    bytes: int
+    lost: float
+
+
+Choice = TypeVar("Choice", Offer, Slot)
 
 
 @cache
@@ -64,55 +77,78 @@ def _ladders(left: int, step: int, stores: Sequence[Store]) -> Iterator[Latent]:
 def menu(energies: torch.Tensor, store: CacheStore, step: int, item_bytes: int) -> list[Offer]:
     """The best offers, ascending in bytes, each losing less than all smaller ones.
 
-    `energies` [channels], strongest first.
+    `energies` [channels], strongest first, or [latents, channels] of groups and layers that are all
+    cut alike.
     """
-    sums = _sums(energies)
+    losses = _Losses(energies)
     best: dict[int, Offer] = {}
-    for latent in latents(len(energies), store, step):
-        lost = _lost(sums, latent)
+    for latent in latents(energies.shape[-1], store, step):
+        lost = losses.of(latent)
         size = latent.bytes(item_bytes)
         if size not in best or lost < best[size].lost:
             best[size] = Offer(latent, size, lost)
-    front: list[Offer] = []
+    return _front(best)
+
+
+def lost_energy(energies: torch.Tensor, rank: int, tiers: Sequence[Tier] = ()) -> float:
+    """Of `energies` as for a menu: those beyond the rank, and the noise of storing each tier."""
+    return _Losses(energies).of(Latent(rank, tuple(tiers)))
+
+
+class _Losses:
+    """What latents lose, from sums over the first 0, 1, ... channels.
+
+    Channels share the noise of their tier as kv.basis.solve_tiers weights them: it is that of the
+    mean root of their energies, of every group and layer by itself.
+    """
+
+    def __init__(self, energies: torch.Tensor) -> None:
+        exact = energies.double().view(-1, energies.shape[-1])
+        self._kept: list[float] = [0.0, *exact.sum(0).cumsum(0).tolist()]
+        self._roots = F.pad(exact.sqrt().cumsum(1), (1, 0))
+        self._squares: dict[tuple[int, int], float] = {}
+
+    def of(self, latent: Latent) -> float:
+        """Energy, over all groups and layers."""
+        lost, first = self._kept[-1] - self._kept[latent.rank], 0
+        for tier in latent.tiers:
+            behind = first + tier.channels
+            noise = relative_noise(tier.store, tier.channels)
+            lost += noise / tier.channels * self._square(first, behind)
+            first = behind
+        return lost
+
+    def _square(self, first: int, behind: int) -> float:
+        """Of the sum of the roots of a run of channels; tiers begin and end at few places."""
+        if (first, behind) not in self._squares:
+            sums = self._roots[:, behind] - self._roots[:, first]
+            self._squares[first, behind] = float(sums.square().sum())
+        return self._squares[first, behind]
+
+
+def slots(keys: Sequence[Offer], values: Sequence[Offer]) -> list[Slot]:
+    """A menu of both: at every size the best of all pairs."""
+    best: dict[int, Slot] = {}
+    for key in keys:
+        for value in values:
+            size, lost = key.bytes + value.bytes, key.lost + value.lost
+            if key.latent.tiers:
+                size = slot_bytes((*key.latent.tiers, *value.latent.tiers))
+            if size not in best or lost < best[size].lost:
+                best[size] = Slot(key.latent, value.latent, size, lost)
+    return _front(best)
+
+
+def _front(best: Mapping[int, Choice]) -> list[Choice]:
+    """Those of each size that lose less than all smaller ones, ascending."""
+    front: list[Choice] = []
     for size in sorted(best):
         if not front or best[size].lost < front[-1].lost:
             front.append(best[size])
     return front
 
 
-def lost_energy(energies: torch.Tensor, rank: int, tiers: Sequence[Tier] = ()) -> float:
-    """Of `energies` [channels]: those beyond the rank, and the noise of storing each tier."""
-    return _lost(_sums(energies), Latent(rank, tuple(tiers)))
-
-
-class _Sums(NamedTuple):
-    """Of the first 0, 1, ... channels: their energies, and the square roots of them."""
-
-    energies: list[float]
-    roots: list[float]
-
-
-def _sums(energies: torch.Tensor) -> _Sums:
-    exact = energies.double()
-    return _Sums(*([0.0, *terms.cumsum(0).tolist()] for terms in (exact, exact.sqrt())))
-
-
-def _lost(sums: _Sums, latent: Latent) -> float:
-    """Channels share the noise of their tier as kv.basis.solve_tiers weights them.
-
-    Of energies that were summed over groups or layers it is a bound: each of these has weights of
-    its own, and loses less where they fall off differently (a tenth to a fifth, if very).
-    """
-    lost, first = sums.energies[-1] - sums.energies[latent.rank], 0
-    for tier in latent.tiers:
-        behind = first + tier.channels
-        level = (sums.roots[behind] - sums.roots[first]) / tier.channels
-        lost += relative_noise(tier.store, tier.channels) * tier.channels * level**2
-        first = behind
-    return lost
-
-
-def largest_within(offers: Sequence[Offer], size: float) -> Offer:
-    """The best offer of at most `size` bytes, or the smallest."""
+def largest_within(offers: Sequence[Choice], size: float) -> Choice:
+    """The best of at most `size` bytes, or the smallest."""
     fitting = [offer for offer in offers if offer.bytes <= size]
     return fitting[-1] if fitting else offers[0]

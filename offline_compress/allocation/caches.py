@@ -30,7 +30,8 @@ def plan_caches(
     if not budget.measures:
         latents = [_fixed(index, head_dim, budget, item_bytes) for index in range(layers)]
     else:
-        spectrum = torch.logspace(0, -_HALVINGS, budget.group * head_dim, 2, dtype=torch.float64)
+        channels = budget.group * head_dim
+        spectrum = torch.logspace(0, -_HALVINGS, channels, 2, dtype=torch.float64)[None]
         guess = CacheEvidence([(spectrum, spectrum)] * layers)
         latents = list(
             spread(evidence or guess, budget, budget.sizes(head_dim, item_bytes), item_bytes)

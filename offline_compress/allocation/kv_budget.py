@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from offline_compress.allocation.cache_menu import CacheStore
-from vllm_svd.format import BITS, SCALE_BYTES, Mode
+from vllm_svd.format import BITS, WORD_BYTES, Mode
 
 Kept = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
@@ -129,6 +129,7 @@ class KVBudget(BaseModel):
         step, share = self.rank_multiple, Fraction(1) if kept is None else kept
         if self.store == "model" or self.store == "tiers":
             return min(channels, step * max(1, round(share * channels / step)))
-        bits = (share * channels * item_bytes - SCALE_BYTES) * 8
+        # Two scales take a word at most, of which each side bears a half.
+        bits = (share * channels * item_bytes - WORD_BYTES // 2) * 8
         fitting = int(bits // (BITS[self.store] * step))
         return step * max(1, min(fitting, channels // step))

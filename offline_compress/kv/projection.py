@@ -67,12 +67,12 @@ def project(
 
 
 def channel_energies(statistics: KVStatistics) -> tuple[torch.Tensor, torch.Tensor]:
-    """Energies [g d] of the key's and of the value's channels, strongest first, over all groups."""
+    """Energies [groups, g d] of the key's and of the value's channels, strongest first."""
     key = zip(statistics.query_metric, statistics.key_moment, strict=True)
     value = zip(statistics.output_metric, statistics.value_moment, strict=True)
     return (
-        torch.stack([energies(*group) for group in key]).sum(0),
-        torch.stack([energies(*group) for group in value]).sum(0),
+        torch.stack([energies(*group) for group in key]),
+        torch.stack([energies(*group) for group in value]),
     )
 
 

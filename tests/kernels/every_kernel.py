@@ -9,6 +9,7 @@ from paged_cases import DEVICE, Case, Tiers
 
 from vllm_svd.kernels import native
 from vllm_svd.kernels.latent_attention import compiled, cpu, triton
+from vllm_svd.kernels.latent_layout import LatentLayout
 
 ON_CPU = [cpu, compiled] if native.is_there() else [cpu]
 KERNELS = [triton] if DEVICE == "cuda" else [*ON_CPU, triton]
@@ -36,6 +37,16 @@ def settings_of(kernel, case: Case) -> dict:
     if kernel is triton:
         assert settings.pop("v_up") is None
     return settings
+
+
+def same_slots(layout: LatentLayout, found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Slots [..., width] bit for bit, but for what fills them up."""
+    if layout.quantised:
+        runs = [run for side in layout.runs for run in side]
+        used = [b for run in runs for b in (*range(layout.width)[run.code_slice], run.scale)]
+        assert len(set(used)) == len(used) <= layout.width
+        found, expected = found[..., used], expected[..., used]
+    return torch.equal(found, expected)
 
 
 def half(kernel) -> torch.dtype:

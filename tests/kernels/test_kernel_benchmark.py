@@ -36,8 +36,8 @@ def test_every_cache_is_timed_beside_the_dense_one(tmp_path, flags):
         assert shares[0] == pytest.approx(row["bytes"] / seconds / found["bandwidth"])
         assert shares[1] == pytest.approx(row["operations"] / seconds / found["matrix_speed"])
     # Keys and values of 2 heads of 64 channels, 2 bytes each; half of them; of these 4 bits each
-    # and a scale for each of two tiers and heads.
-    expected = {"dense": 512, "post 0.5": 256, "post 0.5 int4": 64 + 4}
+    # and a word for each head, of which two bytes are scales.
+    expected = {"dense": 512, "post 0.5": 256, "post 0.5 int4": 64 + 8}
     sizes = {row["kernel"]: row["bytes"] / 80 for row in rows}
     assert sizes.items() >= expected.items()
 

@@ -30,9 +30,14 @@ def test_parts_add_up_to_the_bytes_of_the_cache(name):
     assert sum(sum(side.values()) for side in sides) == CACHES[name].bytes(2)
 
 
-def test_tiers_are_codes_and_a_scale_in_every_group():
+def test_tiers_are_codes_and_a_scale_in_every_group_and_slots_are_filled_up():
     values = side_bytes(CACHES["tiers"], "value", 2)
-    assert values == {"int8": 2 * (16 + 1), "int4": 2 * (4 + 1), "int2": 2 * (4 + 1)}
+    assert values == {
+        "int8": 2 * (16 + 1),
+        "int4": 2 * (4 + 1),
+        "int2": 2 * (4 + 1),
+        "fill": 2 * (-(22 + 27) % 4),
+    }
 
 
 def test_the_plot_is_a_png(tmp_path):

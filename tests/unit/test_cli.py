@@ -75,7 +75,7 @@ def test_run_prints_the_caches_that_were_decided_by_measuring(
     assert code == 0
     _, inspected, _ = invoke("inspect", tmp_path / "out")
     shown = [row for row in output.splitlines() if "self_attn" in row]
-    assert len(shown) == 2 and all("int4" in row for row in shown)
+    assert len(shown) == 2 and all("int8" in row for row in shown)
     assert set(shown) <= set(inspected.splitlines())
     assert not set(shown) <= set(planned.splitlines())
 

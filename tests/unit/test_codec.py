@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from vllm_svd import codec
-from vllm_svd.format import STORES, KVProjection, Tier
+from vllm_svd.format import STORES, KVProjection, Tier, slot_bytes
 from vllm_svd.kernels.latent_layout import LatentLayout
 
 FEW_BITS = [store for store in STORES if codec.TRIED[store] > 1]
@@ -161,20 +163,31 @@ def test_tiers_are_stored_each_by_itself():
     assert codec.stored(z.bfloat16(), tiers).dtype == torch.bfloat16
 
 
-def test_a_slot_is_codes_then_scales():
-    k_tiers, v_tiers = (*one("int8", 4), *one("int4", 8)), one("int2", 16)
-    layout = LatentLayout(12, 16, k_tiers, v_tiers)
-    key, value = latents(7, 12), latents(7, 16, seed=1)
+def test_a_slot_is_codes_from_words_on_and_scales_in_what_they_leave():
+    k_tiers, v_tiers = (*one("int8", 4), *one("int4", 12)), one("int2", 16)
+    layout = LatentLayout(16, 16, k_tiers, v_tiers)
+    key, value = latents(7, 16), latents(7, 16, seed=1)
     slots = layout.write(key, value)
-    assert slots.shape == (7, layout.width) and layout.width == 4 + 4 + 4 + 3
+    assert slots.shape == (7, layout.width) and layout.width == 4 + (6 + 2) + 4 + (1 + 3)
     keys, values = layout.runs
-    assert [(run.channel, run.codes, run.scale) for run in keys] == [(0, 0, 12), (4, 4, 13)]
-    assert [(run.channel, run.codes, run.scale) for run in values] == [(0, 8, 14)]
-    assert torch.equal(slots[:, 12:14], codec.encode(key, k_tiers)[1])
-    assert torch.equal(slots[:, 8:12], codec.encode(value, v_tiers)[0])
+    assert [(run.channel, run.codes, run.scale) for run in keys] == [(0, 0, 10), (4, 4, 11)]
+    assert [(run.channel, run.codes, run.scale) for run in values] == [(0, 12, 16)]
+    assert torch.equal(slots[:, 10:12], codec.encode(key, k_tiers)[1])
+    assert torch.equal(slots[:, 12:16], codec.encode(value, v_tiers)[0])
     read = layout.read(slots)
     assert torch.equal(read[0], codec.stored(key, k_tiers))
     assert torch.equal(read[1], codec.stored(value, v_tiers))
+
+
+@given(sizes=st.lists(st.integers(1, 9).map(lambda n: 4 * n), min_size=2, max_size=6))
+def test_slots_of_whole_words_are_as_large_as_they_must_be(sizes):
+    """Codes of eight channels' multiples leave scales their place: beginning with words is free."""
+    tiers = [Tier(channels=2 * n, store=store) for n, store in zip(sizes, 3 * STORES, strict=False)]
+    size = sum(tier.bytes for tier in tiers)
+    assert slot_bytes(tiers) % 4 == 0 and size <= slot_bytes(tiers)
+    twos = [tier for tier in tiers if tier.code_bytes % 4]
+    if 2 * len(twos) <= len(tiers):
+        assert slot_bytes(tiers) < size + 4
 
 
 def test_tiers_that_are_refused():
@@ -187,9 +200,9 @@ def test_tiers_that_are_refused():
     shape = {"mode": "pre", "num_kv_heads": 2, "head_dim": 32, "k_rank": 16, "v_rank": 8}
     fits = {"k_tiers": (*one("int8", 8), *one("int4", 8)), "v_tiers": one("int4", 8)}
     projection = KVProjection(**shape, **fits)
-    assert projection.sizes(2) == (8 + 1 + 4 + 1, 4 + 1)
-    assert projection.bytes_per_token(2) == 2 * 19
-    assert LatentLayout.of(projection).width == 19
+    assert projection.slot_shares(2) == (8 + 1 + 4 + 1, 4 + 1 + 1)
+    assert projection.bytes_per_token(2) == 2 * 20
+    assert LatentLayout.of(projection).width == 20
     for wrong, message in (
         ({"k_tiers": ()}, "given together"),
         ({"v_tiers": ()}, "given together"),

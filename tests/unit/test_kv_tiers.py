@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_kv_bases import psd, seeds, spectrum
 
+from offline_compress.allocation import lost_energy
 from offline_compress.kv import KVStatistics, channel_energies, kv_error, project, rotation
 from offline_compress.kv.basis import energies, solve_tiers, weighted_error
 from offline_compress.linalg import relative_noise
@@ -141,13 +142,16 @@ def test_a_layer_in_tiers():
     assert bases.k_down.shape == (2, 12, 16) and bases.v_up.shape == (4, 8, 4)
     k_error, v_error = kv_error(found, bases)
     key, value = channel_energies(found)
-    assert key.shape == (16,) and bool((key[:-1] >= key[1:]).all())
+    assert key.shape == (2, 16) and bool((key[:, :-1] >= key[:, 1:]).all())
     noise = sum(
         relative_noise(tier.store, tier.channels) * tier.channels * level(part)
-        for tier, part in zip(TIERS, (key[:4], key[4:12]), strict=True)
+        for spectrum in key
+        for tier, part in zip(TIERS, (spectrum[:4], spectrum[4:12]), strict=True)
     )
-    assert k_error == pytest.approx((noise + float(key[12:].sum())) / float(key.sum()), rel=0.02)
-    assert v_error == pytest.approx(float(value[4:].sum() / value.sum()), rel=0.02)
+    lost = noise + float(key[:, 12:].sum())
+    assert lost_energy(key, 12, TIERS) == pytest.approx(lost)
+    assert k_error == pytest.approx(lost / float(key.sum()), rel=0.02)
+    assert v_error == pytest.approx(float(value[:, 4:].sum() / value.sum()), rel=0.02)
 
 
 def test_a_head_that_nothing_reads_has_no_energy_to_pay_for():

@@ -324,7 +324,7 @@ def test_the_tables_show_every_artefact_its_cost_and_the_warnings(source):
 @pytest.mark.parametrize(
     ("cache", "said"),
     [
-        ({"store": "int8", "kept": 0.001}, "the least that latents take keeps 0.070"),
+        ({"store": "int8", "kept": 0.001}, "the least that latents take keeps 0.078"),
         ({"store": "int8", "kept": 0.25}, None),
         ({"store": "int8", "kept": 0.001, "k_kept": 0.25, "v_kept": 0.25}, None),
         ({"kept": 0.4}, "ranks of the nearest size keep 0.500"),
@@ -346,7 +346,7 @@ def test_a_cache_budget_that_cannot_be_kept_is_warned_of(source, cache, said):
 def test_sizes_of_caches_that_wait_for_a_measurement_are_said_to_be_a_guess(source, cache):
     recipe = recipe_of(kv={"kept": 0.5} | cache)
     assert any("geometric spectrum" in warning for warning in plan(recipe, source).warnings)
-    channels = torch.ones(16, dtype=torch.float64)
+    channels = torch.ones(1, 16, dtype=torch.float64)
     seen = CacheEvidence([(channels, channels)] * 2, [(1.0, 1.0)] * 2)
     known = plan(recipe, source, measured=seen).warnings
     assert not any("geometric spectrum" in warning for warning in known)

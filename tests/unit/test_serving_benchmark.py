@@ -141,7 +141,7 @@ def test_kv_bytes_follow_the_projected_ranks(tmp_path: Path) -> None:
         "group": 2,
     }
     tiered = KVProjection.model_validate(layer)
-    assert tiered.bytes_per_token(2) == (8 + 1) + (8 + 1) + (10 + 1)
+    assert tiered.bytes_per_token(2) == (8 + 1) + (8 + 1) + (10 + 1) + 3
     config["quantization_config"] = {"kv": {"model.layers.0.self_attn": layer}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     expected = dense * 5 // 6 + tiered.bytes_per_token(2)

@@ -84,7 +84,7 @@ class LatentAttention(Attention):
         if not projection.k_tiers:
             k_size, v_size = projection.k_rank, projection.v_rank
             return replace(spec, num_kv_heads=groups, head_size=k_size, head_size_v=v_size)
-        k_size, v_size = projection.sizes(spec.dtype.itemsize)
+        k_size, v_size = projection.slot_shares(spec.dtype.itemsize)
         return replace(
             spec, num_kv_heads=groups, head_size=k_size, head_size_v=v_size, dtype=torch.uint8
         )

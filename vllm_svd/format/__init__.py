@@ -4,14 +4,16 @@ from vllm_svd.format.config import FORMAT_VERSION, QUANT_METHOD, SvdCheckpointCo
 from vllm_svd.format.delta import Delta
 from vllm_svd.format.kv import (
     BITS,
-    SCALE_BYTES,
     STORES,
+    WORD_BYTES,
     KVProjection,
     Mode,
     Side,
     Store,
     Tier,
+    in_words,
     latent_bytes,
+    slot_bytes,
 )
 from vllm_svd.format.linear import Stored
 from vllm_svd.format.manifest import Manifest, ShardRecord, TensorRecord, sha256
@@ -28,8 +30,8 @@ __all__ = [
     "BITS",
     "FORMAT_VERSION",
     "QUANT_METHOD",
-    "SCALE_BYTES",
     "STORES",
+    "WORD_BYTES",
     "Codebook",
     "Delta",
     "KVProjection",
@@ -46,9 +48,11 @@ __all__ = [
     "SvdCheckpointConfig",
     "TensorRecord",
     "Tier",
+    "in_words",
     "latent_bytes",
     "parse",
     "read",
     "sha256",
+    "slot_bytes",
     "verify",
 ]

@@ -15,6 +15,7 @@ Store = Literal["fp8_e4m3", "int8", "int4", "int2"]
 BITS: dict[Store, int] = {"fp8_e4m3": 8, "int8": 8, "int4": 4, "int2": 2}
 STORES: tuple[Store, ...] = get_args(Store)
 SCALE_BYTES = 1
+WORD_BYTES = 4  # GPUs read words, and copy ahead only these
 
 
 class Tier(BaseModel):
@@ -44,6 +45,22 @@ class Tier(BaseModel):
 def latent_bytes(rank: int, tiers: Sequence[Tier], item_bytes: int) -> int:
     """Of one token and group: in tiers, or in the model's dtype, which takes `item_bytes`."""
     return sum(tier.bytes for tier in tiers) if tiers else rank * item_bytes
+
+
+def in_words(size: int) -> int:
+    """Bytes of the words that `size` bytes take."""
+    return -(-size // WORD_BYTES) * WORD_BYTES
+
+
+def slot_bytes(tiers: Sequence[Tier]) -> int:
+    """Of one token and group, all tiers of key and value: whole words.
+
+    Codes of each tier begin with one; scales lie in what these leave, and then behind them.
+    """
+    codes = [tier.code_bytes for tier in tiers]
+    whole = sum(map(in_words, codes))
+    left = whole - sum(codes)
+    return whole + in_words(max(0, len(tiers) * SCALE_BYTES - left))
 
 
 class KVProjection(BaseModel):
@@ -111,16 +128,19 @@ class KVProjection(BaseModel):
         rank, tiers = self.latent(side)
         return " + ".join(f"{tier.channels} {tier.store}" for tier in tiers) or f"rank {rank}"
 
-    def sizes(self, item_bytes: int) -> tuple[int, int]:
-        """Bytes of one key and of one value latent, where the model's dtype takes `item_bytes`."""
-        return (
-            latent_bytes(self.k_rank, self.k_tiers, item_bytes),
-            latent_bytes(self.v_rank, self.v_tiers, item_bytes),
-        )
+    def slot_shares(self, item_bytes: int) -> tuple[int, int]:
+        """Bytes of a slot: the key latent's, and the value's with what fills the slot up.
+
+        The model's dtype takes `item_bytes`.
+        """
+        key = latent_bytes(self.k_rank, self.k_tiers, item_bytes)
+        if self.k_tiers:
+            return key, slot_bytes((*self.k_tiers, *self.v_tiers)) - key
+        return key, latent_bytes(self.v_rank, self.v_tiers, item_bytes)
 
     def bytes_per_token(self, item_bytes: int) -> int:
         """Cached bytes of this layer for one token, over all groups."""
-        return self.groups * sum(self.sizes(item_bytes))
+        return self.groups * sum(self.slot_shares(item_bytes))
 
     def tensors(self, path: str) -> dict[str, Stored]:
         """Names and shapes of the bases of the attention module at `path`.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vllm_svd import codec
-from vllm_svd.format import STORES, KVProjection, Tier
+from vllm_svd.format import STORES, KVProjection, Tier, in_words, slot_bytes
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class Run:
     scale: int
 
     @property
+    def code_slice(self) -> slice:
+        """The bytes of the codes."""
+        return slice(self.codes, self.codes + self.tier.code_bytes)
+
+    @property
     def numbers(self) -> tuple[int, int, int, int, int]:
         """For machine code: store, first channel, channels, byte of the codes, of the scale."""
         tier = self.tier
@@ -32,7 +37,9 @@ class Run:
 class LatentLayout:
     """A slot is [z_k | z_v] in the cache's dtype; with tiers it is bytes:
 
-    [codes of the key's tiers | those of the value's | one scale per tier, in the same order].
+    codes of the key's tiers, then those of the value's, each tier from a word on; one scale per
+    tier, in the same order, in the bytes that codes leave, and then behind them. Nothing reads
+    what is left then.
     Each layer has its own: kernels keep in `memo`, by their name, what they derive for it.
     """
 
@@ -55,7 +62,7 @@ class LatentLayout:
         """Entries of a slot, of the cache's dtype or bytes."""
         if not self.quantised:
             return self.k_rank + self.v_rank
-        return sum(tier.bytes for tier in (*self.k_tiers, *self.v_tiers))
+        return slot_bytes((*self.k_tiers, *self.v_tiers))
 
     @functools.cached_property
     def runs(self) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
@@ -78,33 +85,45 @@ class LatentLayout:
         if not self.quantised:
             latents = slots.to(dtype)
             return latents[..., : self.k_rank], latents[..., self.k_rank :]
-        k_codes, v_codes, k_scales, v_scales = torch.split(
-            slots,
-            [
-                sum(tier.code_bytes for tier in self.k_tiers),
-                sum(tier.code_bytes for tier in self.v_tiers),
-                len(self.k_tiers),
-                len(self.v_tiers),
-            ],
-            dim=-1,
+        keys, values = (
+            codec.decode(
+                torch.cat([slots[..., run.code_slice] for run in runs], dim=-1),
+                slots[..., [run.scale for run in runs]],
+                [run.tier for run in runs],
+                dtype,
+            )
+            for runs in self.runs
         )
-        return (
-            codec.decode(k_codes, k_scales, self.k_tiers, dtype),
-            codec.decode(v_codes, v_scales, self.v_tiers, dtype),
-        )
+        return keys, values
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Slots [..., width] that hold latents [..., k_rank] and [..., v_rank]."""
         if not self.quantised:
             return torch.cat((key, value), dim=-1)
-        k_codes, k_scales = codec.encode(key, self.k_tiers)
-        v_codes, v_scales = codec.encode(value, self.v_tiers)
-        return torch.cat((k_codes, v_codes, k_scales, v_scales), dim=-1)
+        slots = key.new_zeros(*key.shape[:-1], self.width, dtype=torch.uint8)
+        for latent, runs in zip((key, value), self.runs, strict=True):
+            tiers = [run.tier for run in runs]
+            codes, scales = codec.encode(latent, tiers)
+            parts = torch.split(codes, [tier.code_bytes for tier in tiers], dim=-1)
+            for run, part, scale in zip(runs, parts, scales.unbind(-1), strict=True):
+                slots[..., run.code_slice] = part
+                slots[..., run.scale] = scale
+        return slots
 
     def _runs(self) -> Iterator[Run]:
-        codes, scale = 0, sum(tier.code_bytes for tier in (*self.k_tiers, *self.v_tiers))
-        for tiers in (self.k_tiers, self.v_tiers):
-            channel = 0
-            for tier in tiers:
-                yield Run(channel, tier, codes, scale)
-                channel, codes, scale = channel + tier.channels, codes + tier.code_bytes, scale + 1
+        tiers, behind = (*self.k_tiers, *self.v_tiers), 0
+        begins: list[int] = []
+        left: list[int] = []
+        for tier in tiers:
+            begins.append(behind)
+            end = behind + tier.code_bytes
+            behind = in_words(end)
+            left += range(end, behind)
+        scales = [*left, *range(behind, behind + len(tiers))]
+        channels = [
+            sum(tier.channels for tier in side[:i])
+            for side in (self.k_tiers, self.v_tiers)
+            for i in range(len(side))
+        ]
+        for channel, tier, codes, scale in zip(channels, tiers, begins, scales, strict=False):
+            yield Run(channel, tier, codes, scale)

@@ -183,7 +183,7 @@ def _layer(
     tiers, arrays, reads = _tiers(layout)
     key_bytes = layout.k_rank * item
     if layout.quantised:
-        key_bytes = sum(tier.code_bytes for tier in layout.k_tiers)
+        key_bytes = layout.runs[0][-1].code_slice.stop
     # Beyond a slot, too: what is turned or decoded is read in whole vectors.
     reads = max(lines(key_bytes), reads)
     memory, slot_stride = kv_cache.untyped_storage(), lines(max(reads, layout.width * item))

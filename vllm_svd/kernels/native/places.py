@@ -14,7 +14,8 @@ from vllm_svd.kernels.native import LANES
 
 _WINDOW = 4 * LANES  # bytes of a vector
 
-# Rows of a table of 16 channels: byte, shift, mask, flip, middle, tier.
+# Rows of a table of 16 channels: byte, shift, mask, flip, middle, and how far its scale lies from
+# the first one.
 SPREAD_ROWS = 6
 
 
@@ -56,25 +57,25 @@ def in_pairs(runs: Sequence[Run]) -> list[list[tuple[int, int]]] | None:
 
 
 def spread(runs: Sequence[Run]) -> Spread | None:
-    """For native.spread; None where a tier is fp8, a window is too small, or tiers are too many."""
-    if len(runs) > LANES or any(run.tier.store == "fp8_e4m3" for run in runs):
+    """For native.spread; None where a tier is fp8, a window is too small, or scales lie apart."""
+    first_scale = runs[0].scale
+    if any(run.tier.store == "fp8_e4m3" or run.scale >= first_scale + LANES for run in runs):
         return None
-    lanes = [
-        (i, run, channel) for i, run in enumerate(runs) for channel in range(run.tier.channels)
-    ]
+    lanes = [(run, channel) for run in runs for channel in range(run.tier.channels)]
     begins = np.zeros(-(-len(lanes) // LANES), dtype=np.int64)
     tables = np.zeros((len(begins), SPREAD_ROWS, LANES), dtype=np.int32)
     for vector in range(len(begins)):
         here = lanes[vector * LANES : (vector + 1) * LANES]
-        places = [run.codes + channel % run.tier.code_bytes for _, run, channel in here]
+        places = [run.codes + channel % run.tier.code_bytes for run, channel in here]
         begins[vector] = min(places)
         if max(places) - min(places) >= _WINDOW:
             return None
-        for lane, ((i, run, channel), place) in enumerate(zip(here, places, strict=True)):
+        for lane, ((run, channel), place) in enumerate(zip(here, places, strict=True)):
             bits, whole = run.tier.bits, run.tier.store == "int8"
             middle = 128.0 if whole else LARGEST[run.tier.store]
             tables[vector, :, lane] = (
                 *(place - begins[vector], channel // run.tier.code_bytes * bits),
-                *((1 << bits) - 1, 128 if whole else 0, np.float32(middle).view(np.int32), i),
+                *((1 << bits) - 1, 128 if whole else 0, np.float32(middle).view(np.int32)),
+                run.scale - first_scale,
             )
     return Spread(begins, tables)
