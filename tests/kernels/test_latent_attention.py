@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_cases import DEVICE, Case, Tiers
 
+from vllm_svd.attention.backend import LatentBackend
 from vllm_svd.kernels.latent_attention import (
     compiled,
     cpu,
@@ -33,8 +34,10 @@ TIERS: list[tuple[Tiers, Tiers]] = [
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("mode", ["pre", "post"])
 @pytest.mark.parametrize("window", [None, 1, 9])
-def test_ragged_batches(kernel, mode, window):
-    check(kernel, build(RAGGED, mode=mode, window=window))
+@pytest.mark.parametrize("block", [16, 64])
+def test_ragged_batches(kernel, mode, window, block):
+    """Pages of less than a tile of Triton's keys, and of whole ones."""
+    check(kernel, build([*RAGGED, (2, 150)], mode=mode, window=window, block=block))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -73,8 +76,11 @@ def test_half_precision(kernel, mode):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("mode", ["pre", "post"])
 @pytest.mark.parametrize("tiers", TIERS, ids=str)
-def test_tiers(kernel, mode, tiers):
-    check(kernel, build(RAGGED, mode=mode, tiers=tiers))
+@pytest.mark.parametrize("halved", [False, True])
+def test_tiers(kernel, mode, tiers, halved):
+    """In half precision Triton reads most of them as words."""
+    dtype = half(kernel) if halved else torch.float32
+    check(kernel, build([*RAGGED, (1, 300)], mode=mode, tiers=tiers, dtype=dtype))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -137,6 +143,7 @@ def test_soft_caps_in_half_precision(kernel, mode):
     ),
     mode=st.sampled_from(["pre", "post"]),
     head=heads(),
+    block=st.sampled_from([16, 64, 128]),
     group=st.integers(1, 3),
     ranks=st.tuples(st.integers(1, 32), st.integers(1, 32)),
     tiers=st.one_of(st.none(), st.tuples(sides(), sides())),
@@ -149,10 +156,10 @@ def test_soft_caps_in_half_precision(kernel, mode):
 @settings(max_examples=10, deadline=None)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_any_batch(
-    kernel, lengths, mode, head, group, ranks, tiers, shared, window, cap, halved, seed
+    kernel, lengths, mode, head, block, group, ranks, tiers, shared, window, cap, halved, seed
 ):
     shape = {"mode": mode, "k_rank": ranks[0], "v_rank": ranks[1], "window": window, **head}
-    shape |= {"shared": shared, "group": group, "tiers": tiers, "soft_cap": cap}
+    shape |= {"block": block, "shared": shared, "group": group, "tiers": tiers, "soft_cap": cap}
     shape |= {"dtype": half(kernel) if halved else torch.float32}
     check(kernel, *(build(lengths, **shape, seed=seed + more) for more in range(12)))
 
@@ -188,7 +195,8 @@ def test_padding_rows_are_left_alone(kernel):
     ("mode", "window", "processors"), [("pre", None, 8), ("pre", 50, 1000), ("post", None, 1000)]
 )
 @pytest.mark.parametrize("cap", [None, 0.5])
-def test_split_contexts(monkeypatch, mode, window, processors, cap):
+@pytest.mark.parametrize("block", [16, 64])
+def test_split_contexts(monkeypatch, mode, window, processors, cap, block):
     """Parts of some contexts are empty, or lie before the window."""
     monkeypatch.setattr(split_triton, "LEAST_PART", 32)
     monkeypatch.setattr(split_triton, "processors", lambda _: processors)
@@ -198,18 +206,19 @@ def test_split_contexts(monkeypatch, mode, window, processors, cap):
     monkeypatch.setattr(
         split_triton, "splits_of", lambda *given: asked.append(splits_of(*given)) or asked[-1]
     )
-    shape = {"mode": mode, "window": window, "soft_cap": cap}
+    shape = {"mode": mode, "window": window, "soft_cap": cap, "block": block}
     check(triton, build(lengths, **shape))
     check(triton, build(lengths, **shape, tiers=(THREE, THREE)))
-    assert asked == {8: [2, 2], 1000: [9, 9]}[processors]
+    assert asked == [2 if processors == 8 else -(-300 // block) * block // 32] * 2
     test_padding_rows_are_left_alone(triton)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("tiers", [None, (THREE, THREE)], ids=str)
-def test_pages_before_the_window_may_hold_anything(kernel, tiers):
+@pytest.mark.parametrize("block", [16, 64])
+def test_pages_before_the_window_may_hold_anything(kernel, tiers, block):
     """vLLM frees them while the block table still names them."""
-    case = build([(1, 64), (2, 130)], window=20, tiers=tiers)
+    case = build([(1, 64), (2, 130)], window=20, tiers=tiers, block=block)
     outputs = torch.full((2, *case.shape), torch.nan, dtype=case.query.dtype, device=DEVICE)
     size = case.cache.shape[2]
     for output in outputs:
@@ -236,6 +245,13 @@ def test_tiles_are_smaller_where_a_gpu_has_less_memory(monkeypatch, mode):
     for size, expected in ((227 << 10, (64, 3)), (99 << 10, (32, 3))):
         monkeypatch.setattr(tiles_triton, "shared_memory", lambda _, size=size: size)
         assert tile(query, 128, 128, 128, 8) == expected
+
+
+def test_pages_that_vllm_may_choose_hold_whole_tiles():
+    preferred = LatentBackend.get_preferred_block_size(16)
+    assert all(preferred % keys == 0 for keys, _ in tiles_triton.TILES)
+    assert LatentBackend.supports_block_size(preferred)
+    assert LatentBackend.get_preferred_block_size(128) == 128
 
 
 @pytest.mark.parametrize("mode", ["pre", "post"])

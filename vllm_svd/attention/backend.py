@@ -5,6 +5,7 @@ from vllm_svd.attention.metadata import LatentMetadataBuilder
 from vllm_svd.compat import AttentionBackend, KVCacheSpec, MultipleOf
 
 BACKEND_NAME = "SVD_LATENT"
+PREFERRED_BLOCK_SIZE = 64  # tokens: a multiple of every tile in kernels.latent_attention
 
 
 class LatentBackend(AttentionBackend):
@@ -21,6 +22,11 @@ class LatentBackend(AttentionBackend):
         kv_cache_spec: KVCacheSpec | None = None,  # noqa: ARG004
     ) -> list[int | MultipleOf]:
         return [MultipleOf(16)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Where the user gave none: tiles of the GPU's kernel then lie in one page each."""
+        return max(default_block_size, PREFERRED_BLOCK_SIZE)
 
     @staticmethod
     def get_impl_cls() -> type[LatentImpl]:

@@ -3,11 +3,20 @@
 import triton
 import triton.language as tl
 
+from vllm_svd.kernels.latent_tiers_triton import channels_of
+
 
 @triton.jit
-def load_query(query_row, real, FIRST: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr):
+def load_query(
+    query_row,
+    real,
+    FIRST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     """The channels of queries [PADDED, rows] that meet a part of the key latent."""
-    channel = tl.arange(0, PADDED)
+    channel = channels_of(PADDED, WORDS)
     return tl.load(
         query_row[None, :] + FIRST + channel[:, None],
         mask=real[None, :] & (channel < CHANNELS)[:, None],
@@ -24,9 +33,10 @@ def load_up(
     FIRST: tl.constexpr,
     CHANNELS: tl.constexpr,
     PADDED: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """The rows of one head's k_up [PADDED, rows] that rebuild from a part of the key latent."""
-    channel = tl.arange(0, PADDED)
+    channel = channels_of(PADDED, WORDS)
     return tl.load(
         up_ptr + FIRST + channel[:, None] + row[None, :] * row_stride,
         mask=(channel < CHANNELS)[:, None] & real[None, :],
@@ -48,9 +58,10 @@ def store_output(
     FIRST: tl.constexpr,
     CHANNELS: tl.constexpr,
     PADDED: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """Write the channels that a part of the value latent holds."""
-    channel = tl.arange(0, PADDED)
+    channel = channels_of(PADDED, WORDS)
     tl.store(
         output_row[None, :] + FIRST + channel[:, None],
         output.to(output_row.dtype.element_ty),

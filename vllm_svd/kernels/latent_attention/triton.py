@@ -195,16 +195,18 @@ def _attention_kernel(
         in_sequence = key < end
         if WINDOW > 0:  # pages before it may be others' by now
             in_sequence = in_sequence & (key > seq_len - query_length + first - WINDOW)
-        page = tl.load(
-            block_table_ptr + request * table_stride + key // BLOCK_SIZE,
-            mask=in_sequence,
-            other=0,
-        ).to(tl.int64)
+        table_row = block_table_ptr + request * table_stride
+        if BLOCK_SIZE % TILE == 0:  # a tile lies in one page
+            page = tl.load(table_row + tile // BLOCK_SIZE).to(tl.int64)
+            place = tile % BLOCK_SIZE + tl.arange(0, TILE)
+        else:
+            page = tl.load(table_row + key // BLOCK_SIZE, mask=in_sequence, other=0).to(tl.int64)
+            place = key % BLOCK_SIZE
         slot = (
             cache_ptr
             + page * cache_block_stride
             + kv_head // SHARED * cache_head_stride
-            + (key % BLOCK_SIZE) * cache_slot_stride
+            + place * cache_slot_stride
         )
         k_scale = tl.full([TILE], 1.0, tl.float32)
         if REBUILD:
@@ -310,7 +312,10 @@ def attend(
     sliding_window: int | None,
     soft_cap: float | None,
 ) -> None:
-    """See vllm_svd.kernels.latent_attention; channels must be contiguous in every tensor."""
+    """See vllm_svd.kernels.latent_attention; channels must be contiguous in every tensor.
+
+    Slots of tiers must begin with a word: of any cache whose last dimension is layout.width.
+    """
     tokens, heads, width = batch.num_tokens, query.shape[1], query.shape[2]
     requests, groups = batch.seq_lens.shape[0], kv_cache.shape[1]
     kv_heads = groups if k_up is None else k_up.shape[0]
@@ -322,7 +327,7 @@ def attend(
     passed = 0 if rope is None else width - rotary_dim
     up, cos_sin = (k_up, rope.cos_sin) if k_up is not None and rope else (query, query)
     scales = scale_table(kv_cache.device) if layout.quantised else query
-    k_parts, v_parts = parts_of(layout)
+    k_parts, v_parts = parts_of(layout, query.dtype)
     k_padded, v_padded = (sum(part[2] for part in side) for side in (k_parts, v_parts))
     tile, stages = tiles_triton.tile(query, k_padded, v_padded, rotary_dim, rows)
     # Every request may add one block that is not full; the surplus returns at once.
@@ -359,8 +364,8 @@ def attend(
         TILE=tile,
         K_PARTS=tuple(part[1:] for part in k_parts),
         V_PARTS=tuple(part[1:] for part in v_parts),
-        K_SLICES=tuple(part[:3] for part in k_parts),
-        V_SLICES=tuple(part[:3] for part in v_parts),
+        K_SLICES=tuple(part[:4] for part in k_parts),
+        V_SLICES=tuple(part[:4] for part in v_parts),
         REBUILD=rope is not None,
         NEOX=rope is None or rope.is_neox,
         HALF=rotary_dim // 2,
