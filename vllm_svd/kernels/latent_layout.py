@@ -38,8 +38,8 @@ class LatentLayout:
     """A slot is [z_k | z_v] in the cache's dtype; with tiers it is bytes:
 
     codes of the key's tiers, then those of the value's, each tier from a word on; one scale per
-    tier, in the same order, in the bytes that codes leave, and then behind them. Nothing reads
-    what is left then.
+    tier, in the same order, in the bytes that codes leave, and then behind them. Bytes that are
+    left may be anything.
     Each layer has its own: kernels keep in `memo`, by their name, what they derive for it.
     """
 
