@@ -61,8 +61,9 @@ def _latent_bytes(layer: dict[str, Any], item_bytes: int) -> int:
     if not tiers:
         return int((layer["k_rank"] + layer["v_rank"]) * item_bytes)
     codes = [int(tier["channels"]) * _STORED_BITS[tier["store"]] // 8 for tier in tiers]
-    words = sum(-(-size // 4) for size in codes)
-    return 4 * words + -(-max(0, len(tiers) - (4 * words - sum(codes))) // 4) * 4
+    whole = sum(-(-size // 4) * 4 for size in codes)
+    behind = max(0, len(tiers) - (whole - sum(codes)))
+    return whole + -(-behind // 4) * 4
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offline_compress.allocation.cache_menu import Latent, Slot, largest_within, menu, slots
+from offline_compress.allocation.cache_menu import Latent, Offer, Slot, largest_within, menu, slots
 from offline_compress.allocation.kv_budget import KVBudget
 
 # Windows of the calibration text that every probe of a layer reads.
@@ -41,18 +41,14 @@ def spread(
     with at most SHAPES shapes of a page.
     """
     if evidence.exchange is None:
-        keys, values = (
-            menu(
-                torch.cat([energy / energy.sum().clamp_min(1e-300) for energy in of_layers]),
-                budget.store,
-                budget.rank_multiple,
-                item_bytes,
-            )
-            for of_layers in zip(*evidence.energies, strict=True)
-        )
+        fractions = [
+            [energy / energy.sum().clamp_min(1e-300) for energy in pair]
+            for pair in evidence.energies
+        ]
+        keys, values = _menus(fractions, budget, item_bytes)
         key = largest_within(keys, sizes[0])
-        for_values = sizes[1] if budget.v_kept or budget.k_kept else sum(sizes) - key.bytes
-        slot = largest_within(slots([key], values), key.bytes + for_values)
+        given = budget.k_kept or budget.v_kept
+        slot = largest_within(slots([key], values), key.bytes + sizes[1] if given else sum(sizes))
         return [(slot.key, slot.value)] * len(evidence.energies)
     damages = _damages(evidence)
     total = sum(sizes) * len(damages)
@@ -93,14 +89,22 @@ def _spent(
     item_bytes: int,
 ) -> list[Slot]:
     """Key and value of each cluster, whose layers all get the same."""
-    menus = []
-    for cluster in clusters:
-        keys, values = (
-            menu(torch.cat(of_layers), budget.store, budget.rank_multiple, item_bytes)
-            for of_layers in zip(*(damages[layer] for layer in cluster), strict=True)
-        )
-        menus.append(slots(keys, values))
+    menus = [
+        slots(*_menus([damages[layer] for layer in cluster], budget, item_bytes))
+        for cluster in clusters
+    ]
     return _greedy(menus, [len(cluster) for cluster in clusters], total)
+
+
+def _menus(
+    energies: Sequence[Sequence[torch.Tensor]], budget: KVBudget, item_bytes: int
+) -> tuple[list[Offer], list[Offer]]:
+    """Of keys and of values, for layers that are cut alike; `energies` are pairs of both."""
+    keys, values = (
+        menu(torch.cat(side), budget.store, budget.rank_multiple, item_bytes)
+        for side in zip(*energies, strict=True)
+    )
+    return keys, values
 
 
 def _greedy(menus: Sequence[list[Slot]], counts: Sequence[int], total: float) -> list[Slot]:

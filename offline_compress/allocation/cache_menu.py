@@ -1,4 +1,4 @@
-"""What a key or value latent may become at every size, and the least that it loses there."""
+"""What a key, a value, or a slot of both may become at every size, and the least it loses there."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -111,19 +112,16 @@ class LatentLayout:
         return slots
 
     def _runs(self) -> Iterator[Run]:
-        tiers, behind = (*self.k_tiers, *self.v_tiers), 0
-        begins: list[int] = []
+        behind = 0
         left: list[int] = []
-        for tier in tiers:
-            begins.append(behind)
-            end = behind + tier.code_bytes
-            behind = in_words(end)
-            left += range(end, behind)
-        scales = [*left, *range(behind, behind + len(tiers))]
-        channels = [
-            sum(tier.channels for tier in side[:i])
-            for side in (self.k_tiers, self.v_tiers)
-            for i in range(len(side))
-        ]
-        for channel, tier, codes, scale in zip(channels, tiers, begins, scales, strict=False):
-            yield Run(channel, tier, codes, scale)
+        places: list[tuple[int, Tier, int]] = []
+        for tiers in (self.k_tiers, self.v_tiers):
+            channel = 0
+            for tier in tiers:
+                places.append((channel, tier, behind))
+                end = behind + tier.code_bytes
+                behind = in_words(end)
+                left += range(end, behind)
+                channel += tier.channels
+        for place, scale in zip(places, chain(left, count(behind)), strict=False):
+            yield Run(*place, scale)

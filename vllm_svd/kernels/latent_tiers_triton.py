@@ -96,11 +96,17 @@ def load_values(
     """
     if WORDS:
         word = tl.arange(0, PADDED // 4)
-        codes = tl.load(
+        words = tl.load(
             (slot + CODES).to(tl.pointer_type(tl.int32))[:, None] + word[None, :],
             mask=used[:, None] & (word * 4 < CHANNELS)[None, :],
             other=0,
         )
+        if KIND == INT8:
+            values = _integers_of_words(words, PADDED, dtype)
+        elif KIND == INT4:
+            values = _small_of_words(words, PADDED, SHIFT, 15, dtype) - 23.5
+        else:
+            values = _small_of_words(words, PADDED, SHIFT, 3, dtype) - 17.5
     else:
         channel = tl.arange(0, PADDED)
         codes = tl.load(
@@ -108,47 +114,32 @@ def load_values(
             mask=used[:, None] & (channel < CHANNELS)[None, :],
             other=0,
         )
-    if WORDS:
-        if KIND == INT8:
-            values = _integers_of_words(codes, PADDED, dtype)
+        if KIND == PLAIN:
+            values = codes
+        elif KIND == FP8_E4M3:
+            # fp16 has the same fields one bit wider each, and a bias greater by 8; not every GPU
+            # can convert. NaN, which is not handled, is stored only beside a scale of NaN.
+            wide = codes.to(tl.int32)
+            bits = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+            values = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+            values = values.to(dtype)
+        elif KIND == INT8:
+            values = codes.to(tl.int8, bitcast=True).to(dtype)
         elif KIND == INT4:
-            values = _small_of_words(codes, PADDED, SHIFT, 15, dtype) - 23.5
+            values = _small(codes, SHIFT, 15) - 23.5
         else:
-            values = _small_of_words(codes, PADDED, SHIFT, 3, dtype) - 17.5
-    elif KIND == PLAIN:
-        values = codes
-    elif KIND == FP8_E4M3:
-        # fp16 has the same fields one bit wider each, and a bias greater by 8; not every GPU
-        # can convert. NaN, which is not handled, is stored only beside a scale of NaN.
-        wide = codes.to(tl.int32)
-        bits = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
-        values = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-        values = values.to(dtype)
-    elif KIND == INT8:
-        values = codes.to(tl.int8, bitcast=True).to(dtype)
-    elif KIND == INT4:
-        values = _small(codes, SHIFT, 15, dtype) - 23.5
-    else:
-        values = _small(codes, SHIFT, 3, dtype) - 17.5
+            values = _small(codes, SHIFT, 3) - 17.5
     return values
 
 
 @triton.jit
-def _small(codes, SHIFT: tl.constexpr, MASK: tl.constexpr, dtype: tl.constexpr):
-    """Sixteen and a code of few bits, as the mantissa's: GPUs convert integers at a low rate."""
-    if dtype == tl.float32:
-        found = ((((codes.to(tl.int32) >> SHIFT) & MASK) << 19) | 0x41800000).to(
-            tl.float32, bitcast=True
-        )
-    elif dtype == tl.bfloat16:
-        found = ((((codes.to(tl.int16) >> SHIFT) & MASK) << 3) | 0x4180).to(
-            tl.bfloat16, bitcast=True
-        )
-    else:
-        found = ((((codes.to(tl.int16) >> SHIFT) & MASK) << 6) | 0x4C00).to(
-            tl.float16, bitcast=True
-        )
-    return found
+def _small(codes, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """Sixteen and a code of few bits, as the mantissa's: GPUs convert integers at a low rate.
+
+    In fp32, which alone is not read as words.
+    """
+    bits = (((codes.to(tl.int32) >> SHIFT) & MASK) << 19) | 0x41800000
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -167,7 +158,7 @@ def channels_of(PADDED: tl.constexpr, WORDS: tl.constexpr):
 def _small_of_words(
     words, PADDED: tl.constexpr, SHIFT: tl.constexpr, MASK: tl.constexpr, dtype: tl.constexpr
 ):
-    """_small of the codes in words [slots, PADDED // 4]: two at once, in each half of a word."""
+    """As _small, in half precision, of words [slots, PADDED // 4]: two codes of a word at once."""
     even = _halves(words, SHIFT, MASK, dtype)
     odd = _halves(words, SHIFT + 8, MASK, dtype)
     return _values(even, odd, PADDED, dtype)
