@@ -8,7 +8,7 @@ for all threads, of a run and a part of what it sees. Who finishes the last part
 import math
 
 import numpy as np
-from numba import carray, cfunc, types
+from numba import carray
 
 from vllm_svd.kernels.latent_attention.native_keys import rebuild_keys, rebuild_keys_of_pairs
 from vllm_svd.kernels.latent_attention.native_latents import load_latents
@@ -23,6 +23,7 @@ from vllm_svd.kernels.latent_attention.team import (
     TOKENS_AT_ONCE,
 )
 from vllm_svd.kernels.native import LANES
+from vllm_svd.kernels.native.entry import entry
 from vllm_svd.kernels.native.memory import (
     FLOAT32,
     address,
@@ -318,7 +319,7 @@ def _run(c, counts):
         item = count_up(begun)
 
 
-@cfunc(types.void(types.voidptr), fastmath=False, error_model="numpy")
+@entry
 def team(arguments):
     """What every thread of the team runs; `arguments` are ARGUMENTS, then counters."""
     counts = address(arguments) + COUNTS

@@ -1,10 +1,11 @@
 """Machine code of latent_store: a token's key and value of one group from model to slot."""
 
 import numpy as np
-from numba import carray, cfunc, types
+from numba import carray
 
 from vllm_svd.kernels.latent_store.compiled import FIELDS
 from vllm_svd.kernels.native.codec import encode
+from vllm_svd.kernels.native.entry import entry
 from vllm_svd.kernels.native.memory import address, compiled, count_up, ints, narrow, widen
 from vllm_svd.kernels.native.products import times
 
@@ -56,7 +57,7 @@ def _run(c, threads, begun):
         item = count_up(begun)
 
 
-@cfunc(types.void(types.voidptr), fastmath=False, error_model="numpy")
+@entry
 def store(arguments):
     """What every thread of the team runs; `arguments` is the address of a CALL."""
     counts = address(arguments)

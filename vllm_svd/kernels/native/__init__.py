@@ -1,9 +1,8 @@
 """Machine code for CPUs, as Python sees it: how the compiled kernels are called, and by whom.
 
-numba compiles a kernel at its first call or when warmed up, once per process (some seconds each),
-for this CPU; nothing is cached on disk, where workers would share one directory that may be
-read-only. A kernel is a C function of the address of its arguments, eight bytes each; some of them
-are counters that its threads share. Importing this needs no numba.
+numba compiles a kernel at its first call or when warmed up, for this CPU, and later processes load
+what it made (`entry.py`). A kernel is a C function of the address of its arguments, eight bytes
+each; some of them are counters that its threads share. Importing this needs no numba.
 
 Its threads are torch's: torch's own OpenMP runtime is asked for a team. A second pool (numba's)
 would fight over the cores with torch's threads, which spin between operators, would inherit the
