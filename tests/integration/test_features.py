@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 pytestmark = pytest.mark.engine
 
 NAMES = ["pre_half", "pre_tiers"]
+DRAFTS = ["speculative", "drafted"]
 RANK = 4
 TARGETS = {"q_proj": (256, 256), "k_proj": (128, 256), "v_proj": (128, 256), "o_proj": (256, 256)}
 
@@ -33,7 +34,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def features(compressed: Any, prompts: Any, adapter: Path, tmp_path_factory: Any) -> dict[str, Any]:
+def features(
+    dense: Path, compressed: Any, prompts: Any, adapter: Path, tmp_path_factory: Any
+) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("features")
     cases: dict[str, Any] = {}
     for name in NAMES:
@@ -41,6 +44,10 @@ def features(compressed: Any, prompts: Any, adapter: Path, tmp_path_factory: Any
         case |= {"rounds": 1, "prompt_logprobs": False}
         drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
         cases[f"{name}_speculative"] = case | {"engine": {"speculative_config": drafts}}
+        itself = {"method": "draft_model", "model": case["model"], "num_speculative_tokens": 3}
+        cases[f"{name}_drafted"] = case | {"engine": {"speculative_config": itself}}
+        if name == "pre_tiers":
+            cases["dense_drafted"] = cases[f"{name}_drafted"] | {"model": str(dense)}
         lora = {"enable_lora": True, "max_lora_rank": 8}
         # vLLM 0.32 fails on a CPU when it is asked for an adapter and log-probabilities of prompts.
         cases[f"{name}_lora"] = case | {"engine": lora, "lora": str(adapter)}
@@ -72,12 +79,27 @@ def add(adapter: Path, network: torch.nn.Module) -> None:
             network.get_submodule(path).weight.data += up @ down
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_verified_drafts_change_no_token(engines, features, name):
-    """Steps then hold several query tokens of a request."""
-    served = of(features, f"{name}_speculative")
+@pytest.mark.parametrize(
+    ("name", "by"), [*((name, by) for name in NAMES for by in DRAFTS), ("dense", "drafted")]
+)
+def test_verified_drafts_change_no_token(engines, features, name, by):
+    """Steps then hold several query tokens of a request.
+
+    Drafts are n-grams or those of a model, here itself, or for the dense one the one with tiers.
+    """
+    served = of(features, f"{name}_{by}")
     assert served["accepted_drafts"] > 0
     assert tokens(served) == tokens(of(engines, name))
+
+
+def test_a_compressed_draft_model_takes_the_part_of_the_cache_it_was_planned(
+    engines, features, compressed
+):
+    totals = json.loads((compressed("pre_tiers") / "plan.json").read_text())["totals"]
+    part = totals["kv_bytes_per_token"] / totals["kv_bytes_per_token_dense"]
+    served, alone = of(features, "dense_drafted"), of(engines, "dense")
+    ratio = served["kv_cache_tokens"] / alone["kv_cache_tokens"]
+    assert ratio == pytest.approx(1 / (1 + part), rel=0.01)
 
 
 def test_an_adapter_is_added_to_what_is_projected(

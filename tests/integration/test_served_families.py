@@ -34,6 +34,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama", {"rope_parameters": LLAMA3}),
     "yarn": ("qwen3", {"rope_parameters": YARN}),
 }
+TIERED = ["gemma2", "llama3", "yarn"]
 RANKS = [(16, 24), (32, 8)]
 
 
@@ -53,8 +54,9 @@ def served(tiny_checkpoint: Any, prompts: Any, tmp_path_factory: Any) -> dict[st
             directories[f"{family}_{mode}"] = compress(dense, out, **projected(mode, RANKS, 0.7))
     tiers = {"weights": {"kept": 0.7}, "kv": {"kept": 0.2, "store": "tiers"}}
     equal = projected("post", [(32, 32)] * 2, 0.7)
-    for name, sections in (("gemma2_tiers", tiers), ("gemma2_native", equal)):
-        directories[name] = compress(directories["gemma2_dense"], root / name, **sections)
+    for name, sections in (*((f"{n}_tiers", tiers) for n in TIERED), ("gemma2_native", equal)):
+        dense = directories[name.partition("_")[0] + "_dense"]
+        directories[name] = compress(dense, root / name, **sections)
     cases = {
         name: {"model": str(path), "prompts": prompts[:5], "max_tokens": 8, "rounds": 1}
         for name, path in directories.items()
@@ -88,10 +90,11 @@ def test_vllms_own_kernel_caps_what_it_reads_of_latents(served, prompts):
     assert rms(differences) <= 2 * noise(served, "gemma2", prompts)
 
 
-def test_tiers_are_read_in_windows_and_under_soft_caps(served, prompts):
-    effect = rms(off(served, "gemma2_tiers", prompts, without_codes))
-    differences = off(served, "gemma2_tiers", prompts)
-    assert_only_flips(differences, effect, noise(served, "gemma2", prompts), other_library=True)
+@pytest.mark.parametrize("family", TIERED)
+def test_tiers_are_read_in_windows_under_soft_caps_and_by_scaled_rope(served, prompts, family):
+    effect = rms(off(served, f"{family}_tiers", prompts, without_codes))
+    differences = off(served, f"{family}_tiers", prompts)
+    assert_only_flips(differences, effect, noise(served, family, prompts), other_library=True)
 
 
 @pytest.mark.parametrize(

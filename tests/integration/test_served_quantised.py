@@ -13,7 +13,6 @@ pytestmark = pytest.mark.engine
 
 METHODS = ["gptq", "awq", "packed", "int8", "fp8"]
 EVERYWHERE = "int8"  # vLLM serves it on any CPU
-WITH_TIERS = [EVERYWHERE, "gptq"]
 RANKS = [(32, 32), (24, 40), (48, 16), (16, 32), (40, 40), (32, 24)]
 MODES = ["pre", "post"]
 TIERS = {"weights": {"kept": 1.0}, "kv": {"mode": "post", "kept": 0.25, "store": "tiers"}}
@@ -29,7 +28,7 @@ def served(dense: Any, prompts: Any, tmp_path_factory: Any) -> dict[str, Any]:
         for mode in MODES:
             name = f"{method}_{mode}"
             directories[name] = compress(model, root / name, **projected(mode, RANKS, 1.0))
-    for method in WITH_TIERS:
+    for method in METHODS:
         tiers = f"{method}_tiers"
         directories[tiers] = compress(directories[method], root / tiers, **TIERS)
     cases = {
@@ -44,8 +43,7 @@ def served(dense: Any, prompts: Any, tmp_path_factory: Any) -> dict[str, Any]:
     }
     results = run_engines(root, {name: cases[name] for name in METHODS})
     served = [name for name in METHODS if name == EVERYWHERE or "error" not in results[name]]
-    projecting = [f"{n}_{mode}" for n in served for mode in MODES]
-    projecting += [f"{n}_tiers" for n in served if n in WITH_TIERS]
+    projecting = [f"{n}_{kind}" for n in served for kind in (*MODES, "tiers")]
     results |= run_engines(root, {name: cases[name] for name in projecting})
     return {name: (result, directories[name]) for name, result in results.items()}
 
@@ -69,7 +67,7 @@ def test_the_projections_are_served(served, prompts, method):
     assert _times_the_tokens(served, method, result, directory) > 1.9
 
 
-@pytest.mark.parametrize("method", WITH_TIERS)
+@pytest.mark.parametrize("method", METHODS)
 def test_tiers_are_served_beside_quantised_weights(served, prompts, method):
     """As above, with room for the codes that the noise flips."""
     noise = rms(deviations(*_of(served, method), prompts[:4]))

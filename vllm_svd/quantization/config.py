@@ -31,6 +31,7 @@ logger = init_logger("vllm.svd")
 VERIFY_VARIABLE = "VLLM_SVD_VERIFY"
 VERIFY_DEPTHS = ("contents", "headers", "none")
 EXPERTS = ".experts."
+DRAFT_ROOT = "draft_model."  # of a model that drafts for another, under which vLLM builds it
 
 
 # Fused layers of models that add them to their mapping only after vLLM has copied it, as Qwen3-MoE
@@ -100,8 +101,9 @@ class SvdConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         self._check_tensor_parallel()
+        path = prefix.removeprefix(DRAFT_ROOT)
         if isinstance(layer, Attention):
-            projection = self.kv.get(prefix.removesuffix(".attn"))
+            projection = self.kv.get(path.removesuffix(".attn"))
             if projection is not None:
                 return LatentKVMethod(self, projection)
         if self.weights is not None:
@@ -109,7 +111,7 @@ class SvdConfig(QuantizationConfig):
             method: QuantizeMethodBase | None = self.weights.get_quant_method(layer, prefix)
             if method is not None and type(method) is not UnquantizedLinearMethod:
                 return method
-        return self._own_method(layer, prefix)
+        return self._own_method(layer, path)
 
     def _own_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
