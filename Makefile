@@ -43,9 +43,9 @@ demo: $(STAMP)
 	    --requests 32 --input-len 192 --output-len 96 --concurrency 16 --enforce-eager
 	@echo "The report: $(DEMO)/report/report.html"
 
-# Two processes: one for the engines, one for the rest.
+# Two processes: one begins with the engines that tests share, the other with the rest.
 test: lint
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -42,7 +42,10 @@ settings.load_profile("untimed")
 
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / "examples" / "wiki-llama-s"
-ENGINES = ("tests/integration/", "tests/serving/")
+# Files that read the `engines` of the whole session, which take minutes to run.
+ENGINES = [
+    f"tests/integration/test_{n}.py" for n in ("engine", "features", "tensor_parallel", "server")
+]
 DEMO_TEXT = ROOT / "examples" / "wikitext-2" / "test.txt"
 
 _SHAPE = {
@@ -90,13 +93,13 @@ _DEVIATIONS = {
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Of several processes one runs all engines: they share what is made once per session."""
+    """Of several processes one runs all tests of ENGINES; others take file after file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class EnginesInOne(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            return "engines" if file.startswith(ENGINES) else file
+            return "engines" if file in ENGINES else file
 
     return EnginesInOne(config, log)
 
