@@ -45,7 +45,7 @@ demo: $(STAMP)
 
 # Two processes: one begins with the engines that tests share, the other with the rest.
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check

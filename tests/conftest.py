@@ -101,7 +101,14 @@ def pytest_xdist_make_scheduler(config, log):
             file = nodeid.partition("::")[0]
             return "engines" if file in ENGINES else file
 
+    config.option.loadscopereorder = False  # the longest comes first as it is
     return EnginesInOne(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "engines" in item.fixturenames and not item.nodeid.startswith(tuple(ENGINES)):
+            raise pytest.UsageError(f"{item.nodeid} reads `engines`: add its file to ENGINES")
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "block_size": cache.block_size,
         "implementations": sorted({type(layer.impl).__name__ for layer in layers.values()}),
         "preemptions": preemptions,
+        "drafts": _metrics(llm).get("vllm:spec_decode_num_draft_tokens"),
         "accepted_drafts": _metrics(llm).get("vllm:spec_decode_num_accepted_tokens"),
     }
 

@@ -88,7 +88,8 @@ def test_verified_drafts_change_no_token(engines, features, name, by):
     Drafts are n-grams or those of a model, here itself, or for the dense one the one with tiers.
     """
     served = of(features, f"{name}_{by}")
-    assert served["accepted_drafts"] > 0
+    part = served["accepted_drafts"] / served["drafts"]
+    assert part > (0.9 if by == "drafted" else 0)  # a model agrees with itself
     assert tokens(served) == tokens(of(engines, name))
 
 

@@ -44,6 +44,13 @@ def served(dense: Any, prompts: Any, tmp_path_factory: Any) -> dict[str, Any]:
     results = run_engines(root, {name: cases[name] for name in METHODS})
     served = [name for name in METHODS if name == EVERYWHERE or "error" not in results[name]]
     projecting = [f"{n}_{kind}" for n in served for kind in (*MODES, "tiers")]
+    drafting, itself = f"{EVERYWHERE}_drafting", directories[f"{EVERYWHERE}_post"]
+    directories[drafting] = itself
+    drafts = {"method": "draft_model", "model": str(itself), "num_speculative_tokens": 3}
+    engine = {"dtype": "bfloat16", "speculative_config": drafts}
+    plain = cases[f"{EVERYWHERE}_post"]
+    cases[drafting] = plain | {"engine": engine, "prompt_logprobs": False}
+    projecting.append(drafting)
     results |= run_engines(root, {name: cases[name] for name in projecting})
     return {name: (result, directories[name]) for name, result in results.items()}
 
@@ -75,6 +82,14 @@ def test_tiers_are_served_beside_quantised_weights(served, prompts, method):
     assert rms(deviations(result, directory, prompts[:4])) <= 3 * noise
     assert rms(deviations(result, served[method][1], prompts[:4])) > 4 * noise
     assert _times_the_tokens(served, method, result, directory) > 3.9
+
+
+def test_a_quantised_model_drafts_for_itself(served):
+    """Layers that its config leaves dense are so under the root of drafts, too."""
+    result, directory = _of(served, f"{EVERYWHERE}_drafting")
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    assert any("down_proj" in name for name in config["weights"]["ignore"])
+    assert result["accepted_drafts"] > 0.75 * result["drafts"]  # bf16 breaks ties either way
 
 
 def _times_the_tokens(served: dict[str, Any], method: str, result: Any, directory: Path) -> float:

@@ -40,7 +40,7 @@ _FUSED = {"gate_up_proj": ["gate_proj", "up_proj"], "qkv_proj": ["q_proj", "k_pr
 
 
 class SvdConfig(QuantizationConfig):
-    """One instance per engine, made from config.json's `quantization_config`."""
+    """One per compressed model of an engine, made from config.json's `quantization_config`."""
 
     def __init__(self, checkpoint: SvdCheckpointConfig | None = None) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class SvdConfig(QuantizationConfig):
                 return LatentKVMethod(self, projection)
         if self.weights is not None:
             self.weights.packed_modules_mapping = self.packed_modules_mapping
-            method: QuantizeMethodBase | None = self.weights.get_quant_method(layer, prefix)
+            method: QuantizeMethodBase | None = self.weights.get_quant_method(layer, path)
             if method is not None and type(method) is not UnquantizedLinearMethod:
                 return method
         return self._own_method(layer, path)

@@ -29,7 +29,7 @@ LOG2_E = math.log2(math.e)  # weights are powers of two
 
 
 def warm_up() -> None:
-    """Compile now, so that the first request need not wait; nothing where numba is missing."""
+    """Compile or load now, so that no request waits for it; nothing where numba is missing."""
     if native.is_there():
         team.team()
 

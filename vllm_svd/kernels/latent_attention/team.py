@@ -46,7 +46,7 @@ pack_call = struct.Struct(f"2d{len(CALL)}q").pack
 
 @functools.cache
 def team() -> Any:
-    """The compiled C function of the address of packed arguments; compiles it at first."""
+    """The compiled C function of the address of packed arguments; compiled or loaded at first."""
     from vllm_svd.kernels.latent_attention import native_team
 
     return native.c_function(native_team.team)

@@ -44,7 +44,7 @@ FEW_CHANNELS = 1 << 10
 
 
 def warm_up() -> None:
-    """Compile now, so that the first request need not wait; nothing where numba is missing."""
+    """Compile or load now, so that no request waits for it; nothing where numba is missing."""
     if native.is_there():
         _machine_code()
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from vllm_svd.kernels.native import sources as _sources  # noqa: F401
+
 # Numbers by which the machine code knows dtypes and tiers.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TIERS = -1

@@ -1,71 +1,137 @@
-"""C functions of kernels: compiled for this CPU, or as an earlier process compiled them.
+"""C functions of kernels: compiled for this CPU, or loaded as an earlier process compiled them.
 
-To compile them takes most of a server's start, in every worker. numba keeps their machine code, in
-files of its own that are as good as code: they lie beside what vLLM compiles and obey its settings,
-VLLM_CACHE_ROOT and VLLM_DISABLE_COMPILE_CACHE, in a directory that no one else may write to, one
-for each state of the sources, CPU and version, since numba by itself would look at the date of one
-file only. Where there can be no such directory each process compiles.
+Compiling takes most of a server's start, in each of its workers. The object code is kept beside
+what vLLM compiles, obeys the same settings (VLLM_CACHE_ROOT, VLLM_DISABLE_COMPILE_CACHE) and is
+loaded by LLVM alone. numba's own cache does not fit: it sees changes of one source file only, goes
+to other directories where the first is full, unpickles what it finds and does not mend it.
 """
 
 import hashlib
+import json
 import logging
 import os
-import sys
+import platform
+import tempfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import llvmlite
+import llvmlite.binding as llvm
 import numba
 from numba import cfunc, types
-from numba.core import config
 from numba.core.registry import cpu_target
+from numba.core.runtime import rtsys
+
+from vllm_svd.kernels.native import matrix, sources
 
 logger = logging.getLogger("vllm.svd")
 
-PACKAGE = Path(__file__).parents[2]
-_SIGNATURE = types.void(types.voidptr)
-_OPTIONS = {"fastmath": False, "error_model": "numpy"}
+# Where numba puts addresses that hold in one process only.
+_OF_THIS_PROCESS = "numba.dynamic.globals"
+_engines: list[Any] = []  # own the memory of loaded code
+
+
+class Entry(NamedTuple):
+    """A C function of one address."""
+
+    address: int
+    loaded: bool
+    """Or compiled by this process."""
 
 
 def entry(function):
-    """A numba cfunc of one address from a function that calls all the others."""
-    directory, before = kept_in(), config.CACHE_DIR
-    if directory is not None:
-        name, module = function.__name__, function.__module__.rpartition(".")[2]
-        if not any(directory.rglob(f"{module}.{name}-*.nbc")):
-            logger.info("Compiling %s for this CPU, once; kept in %s.", name, directory)
-        config.CACHE_DIR = str(directory)
-        try:
-            return cfunc(_SIGNATURE, cache=True, **_OPTIONS)(function)
-        except Exception as error:  # a file cut off, a full disk: whatever numba then meets
-            kind = type(error).__name__
-            logger.warning("Cannot use machine code kept in %s (%s); compiling.", directory, kind)
-        finally:
-            config.CACHE_DIR = before
-    return cfunc(_SIGNATURE, **_OPTIONS)(function)
+    """The C function of a Python function that calls compiled ones."""
+    directory = kept_in()
+    file = directory and directory / f"{function.__name__}.o"
+    address = file and _load(file)
+    if address:
+        return Entry(address, loaded=True)
+    logger.info("Compiling %s for this CPU.", function.__qualname__)
+    made = cfunc(types.void(types.voidptr), fastmath=False, error_model="numpy")(function)
+    if file and _OF_THIS_PROCESS not in made.inspect_llvm():
+        _keep(file, made)
+    _engines.append(made)
+    return Entry(made.address, loaded=False)
 
 
 def kept_in() -> Path | None:
-    """The directory of what is compiled here, made if need be; None where there can be none."""
-    if os.environ.get("VLLM_DISABLE_COMPILE_CACHE", "0") not in ("", "0"):
+    """The directory of what is compiled here, made if need be; None where there can be none.
+
+    One for each state of sources, compiler and CPU, which no one else may write to.
+    """
+    if os.environ.get("VLLM_DISABLE_COMPILE_CACHE", "").strip("0") or not sources.DIGEST:
         return None
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    root = Path(os.environ.get("VLLM_CACHE_ROOT") or Path(caches, "vllm")).expanduser()
-    directory = root / "vllm_svd" / digest()
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = directory.stat()
-    except OSError:
+    root = os.path.expanduser(os.environ.get("VLLM_CACHE_ROOT") or f"{caches}/vllm")  # noqa: PTH111
+    if root.startswith("~"):  # a user without a home
         return None
-    ours = status.st_uid == os.geteuid() and not status.st_mode & 0o022
-    return directory if ours and os.access(directory, os.W_OK) else None
+    directory = Path(root, "vllm_svd", digest())
+    try:
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        found = [path.stat() for path in (directory.parent, directory)]
+    except OSError as error:
+        logger.info("Machine code is not kept: %s.", error)
+        return None
+    if any(status.st_uid != os.geteuid() or status.st_mode & 0o022 for status in found):
+        logger.info("Machine code is not kept: others may write to %s.", directory)
+        return None
+    return directory
 
 
-def digest(package: Path = PACKAGE) -> str:
-    """Of all on which machine code depends: our sources, the compiler, its settings, the CPU."""
-    found = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        found.update(f"{path.relative_to(package)} {path.stat().st_size} ".encode())
-        found.update(path.read_bytes())
+def digest() -> str:
+    """Of all on which machine code depends."""
     settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
-    machine = cpu_target.target_context.codegen().magic_tuple()
-    found.update(repr((sys.version, numba.__version__, machine, settings)).encode())
-    return found.hexdigest()[:32]
+    target = cpu_target.target_context.codegen().magic_tuple()
+    versions = (platform.python_version(), numba.__version__, llvmlite.__version__)
+    # Whether this process may use matrix units is no feature of the CPU.
+    parts = (sources.DIGEST, versions, target, matrix.THERE, settings)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _keep(file: Path, made) -> None:
+    """A line of the SHA-256 of what follows, one of the symbol and of those it needs, the code."""
+    module = llvm.parse_assembly(made.inspect_llvm())
+    needs = [
+        one.name
+        for one in (*module.functions, *module.global_variables)
+        if one.is_declaration and not one.name.startswith("llvm.")
+    ]
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    _, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    machine = target.create_target_machine(
+        cpu=cpu, features=features, opt=3, codemodel="jitdefault", jit=True
+    )
+    head = json.dumps({"symbol": made.native_name, "needs": needs}).encode()
+    contents = head + b"\n" + machine.emit_object(module)
+    try:
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            whole = Path(scratch, file.name)
+            whole.write_bytes(hashlib.sha256(contents).hexdigest().encode() + b"\n" + contents)
+            whole.replace(file)
+    except OSError as error:
+        logger.warning("Machine code is not kept: %s.", error)
+
+
+def _load(file: Path) -> int:
+    """The address of the function; 0 where there is none, or not as it was written."""
+    try:
+        found, _, contents = file.read_bytes().partition(b"\n")
+    except OSError:
+        return 0
+    if found != hashlib.sha256(contents).hexdigest().encode():
+        logger.warning("%s is damaged, and is made again.", file)
+        return 0
+    line, _, code = contents.partition(b"\n")
+    head = json.loads(line)
+    rtsys.initialize(cpu_target.target_context)  # symbols of numba's own
+    if not all(llvm.address_of_symbol(name) for name in head["needs"]):  # LLVM would abort
+        return 0
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    engine = llvm.create_mcjit_compiler(
+        llvm.parse_assembly(""), target.create_target_machine(jit=True)
+    )
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)
+    return int(engine.get_function_address(head["symbol"]))
