@@ -94,8 +94,8 @@ def test_tiers_keep_what_they_promise_and_beat_caches_that_are_only_quantised(pa
         for kept, bits in ((0.25, "int4"), (0.125, "int2")):
             assert ours[kept].kv_bytes_per_token < dense[bits].kv_bytes_per_token
             assert ours[kept].texts[text].kl < dense[bits].texts[text].kl / 10
-            if dense[bits].texts[text].perplexity > found.dense[text].perplexity:
-                # Text that a small model cannot read may become likelier by noise.
+            # Of 4,096 tokens: a text that a model cannot read becomes likelier or not by chance.
+            if found.dense[text].perplexity < 1000:
                 assert ours[kept].texts[text].perplexity < dense[bits].texts[text].perplexity
         assert ours[0.125].texts[text].kl < dense["int4"].texts[text].kl
 
