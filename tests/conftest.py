@@ -107,7 +107,9 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "engines" in item.fixturenames and not item.nodeid.startswith(tuple(ENGINES)):
+        if "engines" in getattr(item, "fixturenames", ()) and not item.nodeid.startswith(
+            tuple(ENGINES)
+        ):
             raise pytest.UsageError(f"{item.nodeid} reads `engines`: add its file to ENGINES")
 
 

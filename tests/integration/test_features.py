@@ -88,8 +88,9 @@ def test_verified_drafts_change_no_token(engines, features, name, by):
     Drafts are n-grams or those of a model, here itself, or for the dense one the one with tiers.
     """
     served = of(features, f"{name}_{by}")
-    part = served["accepted_drafts"] / served["drafts"]
-    assert part > (0.9 if by == "drafted" else 0)  # a model agrees with itself
+    # A model agrees with itself, and mostly with its compressed form.
+    least = 0 if by == "speculative" else 0.5 if name == "dense" else 0.9
+    assert served["accepted_drafts"] > least * served["drafts"]
     assert tokens(served) == tokens(of(engines, name))
 
 

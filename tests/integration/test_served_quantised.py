@@ -49,7 +49,7 @@ def served(dense: Any, prompts: Any, tmp_path_factory: Any) -> dict[str, Any]:
     drafts = {"method": "draft_model", "model": str(itself), "num_speculative_tokens": 3}
     engine = {"dtype": "bfloat16", "speculative_config": drafts}
     plain = cases[f"{EVERYWHERE}_post"]
-    cases[drafting] = plain | {"engine": engine, "prompt_logprobs": False}
+    cases[drafting] = plain | {"engine": engine, "prompt_logprobs": False, "max_tokens": 24}
     projecting.append(drafting)
     results |= run_engines(root, {name: cases[name] for name in projecting})
     return {name: (result, directories[name]) for name, result in results.items()}

@@ -3,14 +3,17 @@
 import ctypes
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from vllm_svd.kernels import latent_attention, latent_store, native
-from vllm_svd.kernels.native import sources
+from vllm_svd.kernels import native
+from vllm_svd.kernels.native import elf, sources
 
 if native.is_there():
     from vllm_svd.kernels.native import entry as entries
@@ -46,8 +49,7 @@ def test_what_was_compiled_is_loaded(root, caplog):
     assert loaded()
     assert not caplog.text
     (file,) = (path for path in root.rglob("*") if path.is_file())
-    for directory in (file.parent, file.parent.parent):
-        assert directory.stat().st_mode & 0o777 == 0o700
+    assert file.name == "test_kept_code._answer.o"
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "flipped"])
@@ -73,14 +75,36 @@ def test_what_needs_a_symbol_that_is_not_there_is_made_again(root):
     assert loaded()
 
 
-@pytest.mark.parametrize("which", ["directory", "parent"])
-def test_what_others_may_write_to_is_not_loaded(caplog, which):
-    caplog.set_level("INFO", "vllm.svd")
+@pytest.mark.parametrize("mode", [0o666, 0o664])
+def test_what_others_may_write_to_is_not_loaded(root, caplog, mode):
     assert not loaded() and loaded()
-    directory = entries.kept_in()
-    (directory if which == "directory" else directory.parent).chmod(0o770)
+    (file,) = root.rglob("*.o")
+    file.chmod(mode)
     assert not loaded()
-    assert f"others may write to {directory}" in caplog.text
+    assert f"{file} is not loaded: others own it or may write to it" in caplog.text
+    assert loaded()  # made again
+
+
+@pytest.mark.parametrize("owner", ["root", "another"])
+def test_of_what_others_own_only_that_of_root_is_loaded(monkeypatch, owner):
+    assert not loaded() and loaded()
+    true = os.fstat
+
+    def fstat(descriptor):
+        parts = list(true(descriptor))
+        parts[4] = 0 if owner == "root" else 54321
+        return os.stat_result(parts)
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert loaded() == (owner == "root")
+
+
+def test_nothing_is_kept_of_sources_that_changed_meanwhile(root, monkeypatch, caplog):
+    monkeypatch.setattr(sources, "digest", lambda _: "of what is there now")
+    assert not loaded() and not loaded()
+    assert "would not fit another process" in caplog.text
+    assert not [*root.rglob("*.o")]
 
 
 def test_where_nothing_can_be_kept_each_process_compiles(root):
@@ -113,30 +137,55 @@ def test_a_user_without_a_home_compiles(tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
-def test_another_process_loads_the_kernels(monkeypatch):
-    monkeypatch.undo()  # where all tests keep them
-    if entries.kept_in() is None:
-        pytest.skip("this user keeps nothing")
-    for module in (latent_attention.compiled, latent_store.compiled):
-        module.warm_up()
+def test_another_process_loads_the_kernels(tmp_path_factory):
+    """And they compute there what they should."""
     program = """
+import sys
+import torch
+from compiled_cases import INT8_4_2, build, check
+from vllm_svd.kernels.latent_store import compiled
 from vllm_svd.kernels.latent_store.native_store import store
 from vllm_svd.kernels.latent_attention.native_team import team
-assert store.loaded and team.loaded
+assert (store.loaded, team.loaded) == (sys.argv[1] == "loads",) * 2
+for mode in ("pre", "post"):
+    check(build([(1, 90), (7, 40)], mode=mode, tiers=INT8_4_2), build([(1, 90)], mode=mode))
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    root = tmp_path_factory.mktemp("kept")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment |= {"VLLM_CACHE_ROOT": str(root)}
+    for does in ("compiles", "loads"):
+        command = [sys.executable, "-c", program, does]
+        subprocess.run(command, check=True, env=environment, timeout=600)
+
+
+def test_symbols_that_code_leaves_to_others_are_found(root):
+    loaded()
+    (file,) = root.rglob("*.o")
+    line, _, code = file.read_bytes().partition(b"\n")[2].partition(b"\n")
+    needs = json.loads(line)["needs"]
+    assert "PyErr_WriteUnraisable" in needs
+    assert needs == elf.undefined_symbols(code)
+    with pytest.raises(ValueError, match="no ELF64 object"):
+        elf.undefined_symbols(b"MZ" + code[2:])
 
 
 def test_machine_code_is_of_these_sources_settings_and_units(monkeypatch):
+    monkeypatch.delenv("NUMBA_OPT", raising=False)
     seen = {entries.digest()}
     assert entries.digest() in seen
-    monkeypatch.setattr(entries.matrix, "THERE", not entries.matrix.THERE)
-    seen.add(entries.digest())
+    codegen = SimpleNamespace(magic_tuple=lambda: ("triple", "another CPU", "+features"))
+    changes = [
+        (entries.matrix, "THERE", not entries.matrix.THERE),
+        (entries.numba, "__version__", "0"),
+        (entries.cpu_target.target_context, "codegen", lambda: codegen),
+        (sources, "DIGEST", "others"),
+    ]
+    for place, name, value in changes:
+        monkeypatch.setattr(place, name, value)
+        seen.add(entries.digest())
     monkeypatch.setenv("NUMBA_OPT", "1")
     seen.add(entries.digest())
-    monkeypatch.setattr(sources, "DIGEST", "others")
-    seen.add(entries.digest())
-    assert len(seen) == 4
+    assert len(seen) == 6
 
 
 def test_sources_are_all_modules(tmp_path):
