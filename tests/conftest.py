@@ -98,18 +98,21 @@ def pytest_xdist_make_scheduler(config, log):
 
     class EnginesInOne(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file = nodeid.partition("::")[0]
+            file = _file(nodeid)
             return "engines" if file in ENGINES else file
 
     config.option.loadscopereorder = False  # the longest comes first as it is
     return EnginesInOne(config, log)
 
 
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "engines" in getattr(item, "fixturenames", ()) and not item.nodeid.startswith(
-            tuple(ENGINES)
-        ):
+        reads = "engines" in getattr(item, "fixturenames", ())
+        if reads and _file(item.nodeid) not in ENGINES:
             raise pytest.UsageError(f"{item.nodeid} reads `engines`: add its file to ENGINES")
 
 

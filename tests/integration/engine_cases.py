@@ -171,6 +171,12 @@ def assert_only_flips(
     assert rms(differences) <= part * effect
 
 
+def planned_times(directory: Path) -> float:
+    """How many times the tokens of a dense cache fit into the same bytes, by the plan."""
+    totals = json.loads((directory / "plan.json").read_text())["totals"]
+    return float(totals["kv_bytes_per_token_dense"] / totals["kv_bytes_per_token"])
+
+
 def of(engines: dict[str, Any], name: str) -> dict[str, Any]:
     result = engines[name]
     assert "error" not in result, result["error"]

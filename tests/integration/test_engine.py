@@ -23,6 +23,7 @@ from engine_cases import (
     assert_only_flips,
     deviations,
     of,
+    planned_times,
     rms,
     tokens,
     warm,
@@ -98,8 +99,7 @@ def test_a_quarter_of_the_channels_holds_four_times_the_tokens(engines, name):
     ("name", "least"), [("pre_tiers", 16), ("post_tiers", 8), *((store, 10) for store in STORES)]
 )
 def test_codes_hold_as_many_tokens_as_planned(engines, compressed, name, least):
-    totals = json.loads((compressed(name) / "plan.json").read_text())["totals"]
-    planned = totals["kv_bytes_per_token_dense"] / totals["kv_bytes_per_token"]
+    planned = planned_times(compressed(name))
     assert planned >= least
     ratio = of(engines, name)["kv_cache_tokens"] / of(engines, "dense")["kv_cache_tokens"]
     assert ratio == pytest.approx(planned, rel=0.02)

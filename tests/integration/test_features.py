@@ -6,13 +6,29 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import LAYERS, MAX_TOKENS, apart, bound, deviations, of, run_engines, tokens
+from engine_cases import (
+    LAYERS,
+    MAX_TOKENS,
+    apart,
+    bound,
+    deviations,
+    of,
+    planned_times,
+    run_engines,
+    tokens,
+)
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.engine
 
 NAMES = ["pre_half", "pre_tiers"]
-DRAFTS = ["speculative", "drafted"]
+# What is drafted for, by what, and the part of drafts that is right at least: a model agrees with
+# itself, and mostly with its compressed form.
+DRAFTS = [
+    *((name, "speculative", 0.0) for name in NAMES),
+    *((name, "drafted", 0.9) for name in NAMES),
+    ("dense", "drafted", 0.5),
+]
 RANK = 4
 TARGETS = {"q_proj": (256, 256), "k_proj": (128, 256), "v_proj": (128, 256), "o_proj": (256, 256)}
 
@@ -46,8 +62,6 @@ def features(
         cases[f"{name}_speculative"] = case | {"engine": {"speculative_config": drafts}}
         itself = {"method": "draft_model", "model": case["model"], "num_speculative_tokens": 3}
         cases[f"{name}_drafted"] = case | {"engine": {"speculative_config": itself}}
-        if name == "pre_tiers":
-            cases["dense_drafted"] = cases[f"{name}_drafted"] | {"model": str(dense)}
         lora = {"enable_lora": True, "max_lora_rank": 8}
         # vLLM 0.32 fails on a CPU when it is asked for an adapter and log-probabilities of prompts.
         cases[f"{name}_lora"] = case | {"engine": lora, "lora": str(adapter)}
@@ -64,6 +78,7 @@ def features(
         stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
         stages |= {"enforce_eager": False, "compilation_config": traced}
         cases[f"{name}_stages"] = case | {"engine": stages, "prompt_logprobs": True}
+    cases["dense_drafted"] = cases["pre_tiers_drafted"] | {"model": str(dense)}
     return run_engines(directory, cases, VLLM_CPU_OMP_THREADS_BIND=bound(2))
 
 
@@ -79,17 +94,13 @@ def add(adapter: Path, network: torch.nn.Module) -> None:
             network.get_submodule(path).weight.data += up @ down
 
 
-@pytest.mark.parametrize(
-    ("name", "by"), [*((name, by) for name in NAMES for by in DRAFTS), ("dense", "drafted")]
-)
-def test_verified_drafts_change_no_token(engines, features, name, by):
+@pytest.mark.parametrize(("name", "by", "least"), DRAFTS)
+def test_verified_drafts_change_no_token(engines, features, name, by, least):
     """Steps then hold several query tokens of a request.
 
     Drafts are n-grams or those of a model, here itself, or for the dense one the one with tiers.
     """
     served = of(features, f"{name}_{by}")
-    # A model agrees with itself, and mostly with its compressed form.
-    least = 0 if by == "speculative" else 0.5 if name == "dense" else 0.9
     assert served["accepted_drafts"] > least * served["drafts"]
     assert tokens(served) == tokens(of(engines, name))
 
@@ -97,8 +108,7 @@ def test_verified_drafts_change_no_token(engines, features, name, by):
 def test_a_compressed_draft_model_takes_the_part_of_the_cache_it_was_planned(
     engines, features, compressed
 ):
-    totals = json.loads((compressed("pre_tiers") / "plan.json").read_text())["totals"]
-    part = totals["kv_bytes_per_token"] / totals["kv_bytes_per_token_dense"]
+    part = 1 / planned_times(compressed("pre_tiers"))
     served, alone = of(features, "dense_drafted"), of(engines, "dense")
     ratio = served["kv_cache_tokens"] / alone["kv_cache_tokens"]
     assert ratio == pytest.approx(1 / (1 + part), rel=0.01)

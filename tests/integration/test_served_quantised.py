@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import compress, deviations, of, projected, rms, run_engines
+from engine_cases import compress, deviations, of, planned_times, projected, rms, run_engines
 from quantised_models import quantised
 
 pytestmark = pytest.mark.engine
@@ -94,8 +94,7 @@ def test_a_quantised_model_drafts_for_itself(served):
 
 def _times_the_tokens(served: dict[str, Any], method: str, result: Any, directory: Path) -> float:
     """How many times the tokens of dense caches, of which as many as planned are there."""
-    totals = json.loads((directory / "plan.json").read_text())["totals"]
-    planned: float = totals["kv_bytes_per_token_dense"] / totals["kv_bytes_per_token"]
+    planned = planned_times(directory)
     ratio = result["kv_cache_tokens"] / served[method][0]["kv_cache_tokens"]
     assert ratio == pytest.approx(planned, rel=0.02)
     return planned

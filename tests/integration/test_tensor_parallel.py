@@ -1,6 +1,5 @@
 """Tensor-parallel ranks on CPU give what one gives."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from engine_cases import (
     compress,
     deviations,
     of,
+    planned_times,
     rms,
     run_engines,
     tokens,
@@ -131,8 +131,7 @@ def test_ranks_with_tiers_of_two_heads_give_the_logprobs_of_the_offline_referenc
 
 @pytest.mark.parametrize("name", list(GROUPED))
 def test_ranks_hold_as_many_tokens_in_latents_of_two_heads_as_planned(parallel, grouped, name):
-    totals = json.loads((grouped[name] / "plan.json").read_text())["totals"]
-    planned = totals["kv_bytes_per_token_dense"] / totals["kv_bytes_per_token"]
+    planned = planned_times(grouped[name])
     assert planned > 2
     dense, served = of(parallel, "grouped_dense_2"), of(parallel, f"grouped_{name}_2")
     assert served["kv_cache_tokens"] / dense["kv_cache_tokens"] == pytest.approx(planned, rel=0.02)

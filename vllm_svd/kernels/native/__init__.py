@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from vllm_svd.kernels.native import sources as _sources  # noqa: F401
+from vllm_svd.kernels.native import sources as _sources  # noqa: F401 - before other modules
 
 # Numbers by which the machine code knows dtypes and tiers.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
